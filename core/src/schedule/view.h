@@ -1,0 +1,81 @@
+// The schedule buffer: one layout for host and device, relocatable (offsets, no pointers).
+//
+//   Header | len int32[max_batch] | q_begin int32[max_batch + 1] | cost_prefix int64[max_batch + 1] | slot_prefix int64[max_batch + 1]
+//          | boundary Boundary[parts + 1]
+//
+// len and q_begin are clamped copies of the caller's tensors: decode reads these and never the originals, so one schedule always
+// describes one consistent step. cost_prefix[r] is the begin of request r on the line of partition.h, slot_prefix[r] its first slot.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "host_device.h"
+#include "schedule/partition.h"
+
+namespace mla::schedule {
+
+struct Header {
+  uint32_t magic;  // kMagic once the schedule is complete
+  int32_t batch;
+  int32_t parts;
+  int32_t reserved;
+  int64_t total_cost;
+  int64_t q_tokens;
+};
+static_assert(sizeof(Header) == 32);
+
+inline constexpr uint32_t kMagic = 0x6d6c6133;  // changes with the layout
+inline constexpr size_t kAlignment = 256;
+
+struct Layout {
+  int64_t max_batch;
+  int32_t parts;
+
+  MLA_HD static constexpr size_t align16(size_t n) { return (n + 15) / 16 * 16; }
+  MLA_HD constexpr size_t len_offset() const { return sizeof(Header); }
+  MLA_HD constexpr size_t q_begin_offset() const { return align16(len_offset() + 4 * static_cast<size_t>(max_batch)); }
+  MLA_HD constexpr size_t cost_prefix_offset() const { return align16(q_begin_offset() + 4 * static_cast<size_t>(max_batch + 1)); }
+  MLA_HD constexpr size_t slot_prefix_offset() const { return align16(cost_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1)); }
+  MLA_HD constexpr size_t boundary_offset() const { return align16(slot_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1)); }
+  MLA_HD constexpr size_t bytes() const { return boundary_offset() + sizeof(Boundary) * static_cast<size_t>(parts + 1); }
+};
+
+// Byte is std::byte to write, const std::byte to read.
+template <class Byte, class T>
+struct CopyConst {
+  using type = T;
+};
+template <class Byte, class T>
+struct CopyConst<const Byte, T> {
+  using type = const T;
+};
+
+template <class Byte>
+class BasicView {
+  template <class T>
+  using Ptr = typename CopyConst<Byte, T>::type*;
+
+ public:
+  MLA_HD constexpr BasicView(Byte* base, const Layout& layout) : base_(base), layout_(layout) {}
+  MLA_HD Ptr<Header> header() const { return at<Header>(0); }
+  MLA_HD Ptr<int32_t> len() const { return at<int32_t>(layout_.len_offset()); }
+  MLA_HD Ptr<int32_t> q_begin() const { return at<int32_t>(layout_.q_begin_offset()); }
+  MLA_HD Ptr<int64_t> cost_prefix() const { return at<int64_t>(layout_.cost_prefix_offset()); }
+  MLA_HD Ptr<int64_t> slot_prefix() const { return at<int64_t>(layout_.slot_prefix_offset()); }
+  MLA_HD Ptr<Boundary> boundary() const { return at<Boundary>(layout_.boundary_offset()); }
+  MLA_HD int32_t q_tokens(int32_t request) const { return q_begin()[request + 1] - q_begin()[request]; }
+
+ private:
+  template <class T>
+  MLA_HD Ptr<T> at(size_t offset) const {
+    return reinterpret_cast<Ptr<T>>(base_ + offset);
+  }
+  Byte* base_;
+  Layout layout_;
+};
+
+using View = BasicView<std::byte>;
+using ConstView = BasicView<const std::byte>;
+
+}  // namespace mla::schedule

@@ -1,0 +1,26 @@
+// Walks the pieces of one part in order. The only place that steps from request to request.
+#pragma once
+
+#include "schedule/view.h"
+
+namespace mla::schedule {
+
+// fn(const Piece&, int32_t n): n is the number of key blocks of the piece's request.
+template <class Fn>
+MLA_HD void for_each_piece(const Config& c, const ConstView& view, int32_t part, Fn&& fn) {
+  Boundary at = view.boundary()[part];
+  const Boundary end = view.boundary()[part + 1];
+  while (is_before(at, end)) {
+    const int32_t item_count = static_cast<int32_t>(c.items(view.q_tokens(at.request)));
+    if (at.item >= item_count) {
+      at = {at.request + 1, 0, 0, 0};
+      continue;
+    }
+    const int32_t n = c.blocks(view.len()[at.request]);
+    const Piece piece = piece_at(c, part, at, end, n, view.slot_prefix()[at.request]);
+    fn(piece, n);
+    at = after(piece, n);
+  }
+}
+
+}  // namespace mla::schedule
