@@ -1,0 +1,206 @@
+// The module mlakit._ext: handles, and one function for each C call. Conversion only; every check is the library's.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <vector>
+
+#include "bindings.h"
+#include "tensor.h"
+
+namespace mlakit_py {
+
+void check(mla_status status) {
+  if (status == MLA_OK) return;
+  PyObject* type = PyExc_RuntimeError;
+  switch (status) {
+    case MLA_INVALID_ARGUMENT: type = PyExc_ValueError; break;
+    case MLA_UNSUPPORTED: type = PyExc_NotImplementedError; break;
+    case MLA_WORKSPACE_TOO_SMALL: type = PyExc_ValueError; break;
+    case MLA_OUT_OF_MEMORY: type = PyExc_MemoryError; break;
+    case MLA_CUDA_ERROR: type = PyExc_RuntimeError; break;
+    case MLA_NO_DRIVER: type = PyExc_RuntimeError; break;
+    case MLA_INTERNAL: type = PyExc_AssertionError; break;
+  }
+  PyErr_SetString(type, mla_last_error());
+  throw nb::python_error();
+}
+
+namespace {
+
+using Stream = std::optional<uintptr_t>;  // None: the current stream of the producer of the first tensor
+
+// Calls a function of the library without the GIL.
+template <class Call>
+void run(Call call) {
+  mla_status status;
+  {
+    nb::gil_scoped_release release;
+    status = call();
+  }
+  check(status);
+}
+
+struct Context {
+  Context(std::optional<std::string> backend, int32_t num_threads) {
+    mla_context_options options{};
+    options.struct_size = sizeof options;
+    options.backend = backend ? backend->c_str() : nullptr;
+    options.num_threads = num_threads;
+    check(mla_context_create(&handle, &options));
+  }
+  ~Context() { mla_context_destroy(handle); }
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  void merge(nb::handle out_parts, nb::handle lse_parts, nb::handle out, nb::handle lse, bool is_base2, Stream stream) const {
+    void* given = reinterpret_cast<void*>(stream.value_or(0));
+    Tensor t_out_parts(out_parts, "out_parts", false, given), t_lse_parts(lse_parts, "lse_parts", false, given);
+    Tensor t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
+    mla_merge_args args{};
+    args.struct_size = sizeof args;
+    args.flags = is_base2 ? MLA_PROBLEM_LSE_BASE2 : 0;
+    args.out_parts = t_out_parts.get();
+    args.lse_parts = t_lse_parts.get();
+    args.out = t_out.get();
+    args.lse = t_lse.get();
+    void* on = stream ? given : t_out_parts.current_stream();
+    run([&] { return mla_merge(handle, &args, on); });
+  }
+
+  mla_context* handle = nullptr;
+};
+
+struct Plan {
+  Plan(const Context& context, const mla_problem& problem) { check(mla_plan_create(&handle, context.handle, &problem)); }
+  ~Plan() { mla_plan_destroy(handle); }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  nb::dict info() const {
+    mla_plan_info info{};
+    info.struct_size = sizeof info;
+    check(mla_plan_get_info(handle, &info));
+    nb::dict result;
+    result["backend"] = info.backend;
+    result["variant"] = info.variant;
+    result["problem"] = info.problem;
+    result["parts"] = info.parts;
+    result["block_tokens"] = info.block_tokens;
+    result["item_rows"] = info.item_rows;
+    result["slots"] = info.slots;
+    result["schedule_bytes"] = info.schedule_bytes;
+    result["schedule_alignment"] = info.schedule_alignment;
+    result["scratch_bytes"] = info.scratch_bytes;
+    result["scratch_alignment"] = info.scratch_alignment;
+    return result;
+  }
+
+  void schedule(nb::handle cache_seqlens, nb::handle cu_seqlens_q, nb::handle buffer, Stream stream) const {
+    void* given = reinterpret_cast<void*>(stream.value_or(0));
+    Tensor t_seqlens(cache_seqlens, "cache_seqlens", false, given), t_cu(cu_seqlens_q, "cu_seqlens_q", false, given);
+    const Memory memory = memory_of(buffer, "schedule", true);
+    mla_schedule_args args{};
+    args.struct_size = sizeof args;
+    args.cache_seqlens = t_seqlens.get();
+    args.cu_seqlens_q = t_cu.get();
+    args.schedule = memory.data;
+    args.schedule_bytes = memory.bytes;
+    void* on = stream ? given : t_seqlens.current_stream();
+    run([&] { return mla_schedule(handle, &args, on); });
+  }
+
+  void decode(nb::handle q, nb::handle q_rope, nb::handle kv_cache, nb::handle kv_rope, nb::handle block_table,
+              nb::handle cache_seqlens, nb::handle sink, nb::handle out, nb::handle lse, nb::handle schedule, nb::handle scratch,
+              Stream stream) const {
+    void* given = reinterpret_cast<void*>(stream.value_or(0));
+    Tensor t_q(q, "q", false, given), t_q_rope(q_rope, "q_rope", false, given);
+    Tensor t_kv(kv_cache, "kv_cache", false, given), t_kv_rope(kv_rope, "kv_rope", false, given);
+    Tensor t_table(block_table, "block_table", false, given), t_seqlens(cache_seqlens, "cache_seqlens", false, given);
+    Tensor t_sink(sink, "sink", false, given), t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
+    const Memory schedule_memory = memory_of(schedule, "schedule", false), scratch_memory = memory_of(scratch, "scratch", true);
+    mla_decode_args args{};
+    args.struct_size = sizeof args;
+    args.q = t_q.get();
+    args.q_rope = t_q_rope.get();
+    args.kv_cache = t_kv.get();
+    args.kv_rope = t_kv_rope.get();
+    args.block_table = t_table.get();
+    args.cache_seqlens = t_seqlens.get();
+    args.sink = t_sink.get();
+    args.out = t_out.get();
+    args.lse = t_lse.get();
+    args.schedule = schedule_memory.data;
+    args.schedule_bytes = schedule_memory.bytes;
+    args.scratch = scratch_memory.data;
+    args.scratch_bytes = scratch_memory.bytes;
+    void* on = stream ? given : t_q.current_stream();
+    run([&] { return mla_decode(handle, &args, on); });
+  }
+
+  mla_plan* handle = nullptr;
+};
+
+// (name, device_type, is_available, reason) of each backend, in order of preference.
+nb::list backends() {
+  nb::list result;
+  mla_backend_info info{};
+  info.struct_size = sizeof info;
+  for (int32_t index = 0; mla_get_backend_info(index, &info) == MLA_OK; ++index) {
+    result.append(nb::make_tuple(info.name, info.device_type, info.is_available != 0, info.reason));
+  }
+  return result;
+}
+
+// (device_type, device_id, MLA_DTYPE_..., shape) of a tensor.
+nb::tuple describe(nb::handle object, const char* name) {
+  Tensor holder(object, name);
+  if (holder.get() == nullptr) throw nb::type_error(name);
+  const mla_tensor& tensor = *holder.get();
+  nb::list shape;
+  for (int d = 0; d < tensor.ndim; ++d) shape.append(tensor.shape[d]);
+  return nb::make_tuple(tensor.device.device_type, tensor.device.device_id, dtype_of(tensor.dtype), nb::tuple(shape));
+}
+
+// A compact array of an MLA_DTYPE_... over a buffer, which lives as long as the array.
+nb::ndarray<> array(nb::handle self, const std::vector<size_t>& shape, int32_t dtype) {
+  mla_tensor_storage storage;
+  const int64_t one = 1;
+  if (mla_tensor_init(&storage, nullptr, dtype, MLA_DEVICE_CPU, 0, 1, &one, nullptr) == nullptr) check(MLA_INVALID_ARGUMENT);
+  const mla_data_type type = storage.tensor.dtype;
+  return nb::ndarray<>(nb::inst_ptr<Buffer>(self)->data, shape.size(), shape.data(), self, nullptr,
+                       nb::dlpack::dtype{type.code, type.bits, type.lanes});
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "mlakit's C API for the package's own use; import mlakit instead.";
+  m.attr("version") = MLAKIT_VERSION_STRING;
+  m.def("library_version", &mla_version);
+  m.def("backends", &backends);
+  m.def("describe", &describe, nb::arg("tensor"), nb::arg("name"));
+  bind_problem(m);
+
+  nb::class_<Buffer>(m, "Buffer")
+      .def(nb::init<size_t, size_t>(), nb::arg("nbytes"), nb::arg("alignment"))
+      .def_ro("nbytes", &Buffer::nbytes)
+      .def("array", &array, nb::arg("shape"), nb::arg("dtype"));
+
+  nb::class_<Context>(m, "Context")
+      .def(nb::init<std::optional<std::string>, int32_t>(), nb::arg("backend").none(), nb::arg("num_threads"))
+      .def("merge", &Context::merge, nb::arg("out_parts"), nb::arg("lse_parts"), nb::arg("out"), nb::arg("lse").none(),
+           nb::arg("is_base2"), nb::arg("stream").none());
+
+  nb::class_<Plan>(m, "Plan")
+      .def(nb::init<const Context&, const mla_problem&>(), nb::arg("context"), nb::arg("problem"))
+      .def("info", &Plan::info)
+      .def("schedule", &Plan::schedule, nb::arg("cache_seqlens"), nb::arg("cu_seqlens_q").none(), nb::arg("buffer"),
+           nb::arg("stream").none())
+      .def("decode", &Plan::decode, nb::arg("q"), nb::arg("q_rope").none(), nb::arg("kv_cache"), nb::arg("kv_rope").none(),
+           nb::arg("block_table"), nb::arg("cache_seqlens").none(), nb::arg("sink").none(), nb::arg("out"), nb::arg("lse").none(),
+           nb::arg("schedule"), nb::arg("scratch").none(), nb::arg("stream").none());
+}
+
+}  // namespace mlakit_py
