@@ -12,12 +12,19 @@
 
 namespace mla {
 
+namespace cpu {
+class ThreadPool;
+std::shared_ptr<ThreadPool> make_thread_pool();  // cpu/thread_pool.cc; starts no thread
+}  // namespace cpu
+
 // What mla_context_create settled: facts read once.
 struct Context {
   std::string forced_backend;  // "" : none
   int32_t num_threads = 1;     // CPU threads, and so lanes of CPU scratch
   mla_parallel_for_fn parallel_for = nullptr;
   void* parallel_for_user = nullptr;
+  // mlakit's own CPU threads: started by the first call that needs them, joined with the last owner of the context.
+  std::shared_ptr<cpu::ThreadPool> threads = cpu::make_thread_pool();
 };
 
 struct Plan;

@@ -25,6 +25,7 @@ MLA_HD inline T max_keep_nan(T a, T b) {
 // What one partial weighs against the largest lse of its row. max_lse = -inf (all empty): every weight is 0.
 template <class T>
 MLA_HD inline T merge_weight(T lse2, T max_lse2) {
+  using std::exp2;  // the one of T's precision
   if (lse2 == -INFINITY) return T(0);
   return exp2(lse2 - max_lse2);
 }
@@ -32,6 +33,7 @@ MLA_HD inline T merge_weight(T lse2, T max_lse2) {
 // The lse of the whole from the sum of the weights.
 template <class T>
 MLA_HD inline T merged_lse(T max_lse2, T weight_sum) {
+  using std::log2;
   return weight_sum == T(0) ? T(-INFINITY) : max_lse2 + log2(weight_sum);
 }
 
@@ -44,6 +46,7 @@ MLA_HD inline T safe_reciprocal(T weight_sum) {
 // The attention sink joins the denominator of out: out * sum / (sum + b^sink) = out * sink_factor. lse is not changed by it.
 template <class T>
 MLA_HD inline T sink_factor(T lse2, T sink2) {
+  using std::exp2;
   if (lse2 == -INFINITY) return T(1);  // out is 0 already
   return T(1) / (T(1) + exp2(sink2 - lse2));
 }

@@ -1,0 +1,470 @@
+// MLA attention of up to a few hundred query rows to one request's keys: the algorithm once, over the vector operations of an ISA.
+//
+// For rows R, keys T of a block, all in one pass over the cache (README.md has the reasons and the numbers):
+//
+//   scores  S[T, R] = K[T, head_dim] Q^T       lanes are rows: words of K are broadcast from where they are, Q is packed once
+//   softmax over T, down the columns of S      no sum across lanes; the maximum moves only when it grows by more than 2^8
+//   out     O[R, V] = O * rescale + W^T[R, T] K[T, 0:value_dim]     lanes are columns: weights are broadcast
+//
+// Both products are tiles of kTileA broadcast words by kTileB vectors, summed in registers, over words of 32 bits (kernel.h).
+// Everything here has internal linkage (kernel.h says why), and uses nothing from the standard library that has a body.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernel.h"
+
+namespace mla::cpu {
+namespace {
+
+constexpr float kMinusInf = -__builtin_inff();
+constexpr float kLazyLog2 = 8.0f;  // weights may grow to 2^8 before the running maximum follows
+
+constexpr int32_t min_int(int64_t a, int64_t b) { return static_cast<int32_t>(a < b ? a : b); }
+constexpr int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
+constexpr int elem_bytes(Elem e) { return e == Elem::kFp32 ? 4 : 2; }
+
+inline const char* element(const void* base, Elem e, int64_t index) { return static_cast<const char*>(base) + index * elem_bytes(e); }
+
+template <class S>
+struct Fp32Words {
+  static constexpr int kPair = 1;
+  static typename S::V mac(typename S::V acc, typename S::V a, typename S::V b) { return S::fma(a, b, acc); }
+};
+
+template <class S>
+struct Bf16Words {
+  static constexpr int kPair = 2;
+  static typename S::V mac(typename S::V acc, typename S::V a, typename S::V b) { return S::dot_pairs(acc, a, b); }
+};
+
+// ---------------------------------------------------------------- rows ----------------------------------------------------------------
+
+template <class S>
+typename S::V load_elems(const char* p, Elem e) {
+  if (e == Elem::kFp32) return S::load(p);
+  return e == Elem::kBf16 ? S::load_bf16(p) : S::load_fp16(p);
+}
+
+// dst[0:n] = src[0:n] as fp32; writes whole vectors, zeros after n.
+template <class S>
+void load_row(float* dst, const char* src, Elem e, int32_t n) {
+  int32_t i = 0;
+  for (; i + S::kLanes <= n; i += S::kLanes) S::store(dst + i, load_elems<S>(src + i * elem_bytes(e), e));
+  if (i < n) {
+    alignas(64) char tail[S::kLanes * 4] = {};
+    __builtin_memcpy(tail, src + i * elem_bytes(e), static_cast<unsigned>((n - i) * elem_bytes(e)));
+    S::store(dst + i, load_elems<S>(tail, e));
+  }
+}
+
+template <class S>
+void store_elems(char* p, Elem e, typename S::V v) {
+  if (e == Elem::kFp32) S::store(p, v);
+  else if (e == Elem::kBf16) S::store_bf16(p, v);
+  else S::store_fp16(p, v);
+}
+
+template <class S>
+void store_row(void* out, Elem e, const float* row, float scale, int64_t n) {
+  char* dst = static_cast<char*>(out);
+  const typename S::V vscale = S::set1(scale);
+  int64_t i = 0;
+  for (; i + S::kLanes <= n; i += S::kLanes) store_elems<S>(dst + i * elem_bytes(e), e, S::mul(S::load(row + i), vscale));
+  if (i < n) {
+    alignas(64) float in[S::kLanes] = {};
+    alignas(64) char tail[S::kLanes * 4];
+    __builtin_memcpy(in, row + i, static_cast<uint64_t>(n - i) * 4);
+    store_elems<S>(tail, e, S::mul(S::load(in), vscale));
+    __builtin_memcpy(dst + i * elem_bytes(e), tail, static_cast<uint64_t>(n - i) * elem_bytes(e));
+  }
+}
+
+template <class S>
+void add_part(float* sum, float weight, const void* part, Elem e, int64_t n) {
+  const char* src = static_cast<const char*>(part);
+  const typename S::V w = S::set1(weight);
+  int64_t i = 0;
+  for (; i + S::kLanes <= n; i += S::kLanes) {
+    const typename S::V x = S::mul(w, load_elems<S>(src + i * elem_bytes(e), e));
+    S::store(sum + i, S::add(S::load(sum + i), x));
+  }
+  if (i < n) {
+    alignas(64) char tail[S::kLanes * 4] = {};
+    alignas(64) float x[S::kLanes];
+    __builtin_memcpy(tail, src + i * elem_bytes(e), static_cast<uint64_t>(n - i) * elem_bytes(e));
+    S::store(x, S::mul(w, load_elems<S>(tail, e)));
+    for (int j = 0; i + j < n; ++j) sum[i + j] += x[j];
+  }
+}
+
+// ---------------------------------------------------------------- tiles ---------------------------------------------------------------
+
+// A block's keys where they lie: key t is words[0] words at row[0][t], then words[1] words at row[1][t].
+struct Keys {
+  const char* row[2][kBlockTokens];
+  int32_t words[2];
+};
+
+// scores[t][lane] = scale * sum over words of K[t][word] * Q[word][lane], for kTileA keys and NV vectors of rows.
+template <class S, class M, int NV>
+void score_tile(const Keys& keys, int first, int last, const uint32_t* q, float scale, float* scores, int64_t stride) {
+  using V = typename S::V;
+  V acc[S::kTileA][NV];
+#pragma GCC unroll 8
+  for (int t = 0; t < S::kTileA; ++t)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) acc[t][v] = S::zero();
+  for (int view = 0; view < 2; ++view) {
+    const char* row[S::kTileA];
+#pragma GCC unroll 8
+    for (int t = 0; t < S::kTileA; ++t) row[t] = keys.row[view][first + t < last ? first + t : last - 1];
+    const int64_t words = keys.words[view];
+    for (int64_t k = 0; k < words; ++k) {
+      V b[NV];
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) b[v] = S::load(q + v * S::kLanes);
+      q += NV * S::kLanes;
+#pragma GCC unroll 8
+      for (int t = 0; t < S::kTileA; ++t) {
+        const V a = S::broadcast(row[t] + 4 * k);
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v) acc[t][v] = M::mac(acc[t][v], a, b[v]);
+      }
+    }
+  }
+  const V vscale = S::set1(scale);
+#pragma GCC unroll 8
+  for (int t = 0; t < S::kTileA; ++t)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) S::store(scores + t * stride + v * S::kLanes, S::mul(acc[t][v], vscale));
+}
+
+// What happens to the sum that is there: nothing yet, kept, or scaled row by row.
+enum class Before { kNothing, kKeep, kRescale };
+
+struct ValueArgs {
+  const uint32_t* weights;  // [steps][weights_stride], at the tile's first row
+  int64_t weights_stride;
+  int32_t steps;
+  const uint32_t* values;   // [steps][values_stride], at the tile's first column
+  int64_t values_stride;
+  float* out;               // at the tile's first row and column
+  int64_t out_stride;
+  const float* rescale;     // of the tile's first row
+  Before before;
+};
+
+// out[r][lane] = out[r][lane] * rescale[r] + sum over steps of weights[step][r] * values[step][lane], for NR rows and NV vectors.
+template <class S, class M, int NR, int NV>
+void value_tile(const ValueArgs& a) {
+  using V = typename S::V;
+  V acc[NR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v)
+      acc[r][v] = a.before == Before::kNothing ? S::zero() : S::load(a.out + r * a.out_stride + v * S::kLanes);
+  if (a.before == Before::kRescale) {
+#pragma GCC unroll 8
+    for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) acc[r][v] = S::mul(acc[r][v], S::broadcast(a.rescale + r));
+  }
+  const uint32_t* w = a.weights;
+  const uint32_t* x = a.values;
+  for (int32_t k = 0; k < a.steps; ++k) {
+    V b[NV];
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) b[v] = S::load(x + v * S::kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < NR; ++r) {
+      const V p = S::broadcast(w + r);
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) acc[r][v] = M::mac(acc[r][v], p, b[v]);
+    }
+    w += a.weights_stride;
+    x += a.values_stride;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) S::store(a.out + r * a.out_stride + v * S::kLanes, acc[r][v]);
+}
+
+// Turns the run-time sizes of an edge tile into the compile-time sizes of a tile.
+template <class S, class M, int NV = S::kTileB>
+void score_tile_of(int vectors, const Keys& keys, int first, int last, const uint32_t* q, float scale, float* scores, int64_t stride) {
+  if constexpr (NV > 1) {
+    if (vectors < NV) return score_tile_of<S, M, NV - 1>(vectors, keys, first, last, q, scale, scores, stride);
+  }
+  score_tile<S, M, NV>(keys, first, last, q, scale, scores, stride);
+}
+
+template <class S, class M, int NR = S::kTileA, int NV = S::kTileB>
+void value_tile_of(int rows, int vectors, const ValueArgs& a) {
+  if constexpr (NV > 1) {
+    if (vectors < NV) return value_tile_of<S, M, NR, NV - 1>(rows, vectors, a);
+  }
+  if constexpr (NR > 1) {
+    if (rows < NR) return value_tile_of<S, M, NR - 1, NV>(rows, vectors, a);
+  }
+  value_tile<S, M, NR, NV>(a);
+}
+
+// ---------------------------------------------------------------- softmax -------------------------------------------------------------
+
+// 2^x for x <= 2^7; 0 below 2^-127; NaN stays NaN. Relative error below 1e-7.
+template <class S>
+typename S::V exp2(typename S::V x) {
+  using V = typename S::V;
+  x = S::max(S::set1(-127.0f), x);  // the second operand is the result when it is NaN
+  const V n = S::round(x);
+  const V f = S::sub(x, n);
+  V p = S::set1(1.5461447463365068e-4f);  // (2^f - 1) / f on [-1/2, 1/2], Chebyshev, so that 2^0 is exactly 1
+  p = S::fma(p, f, S::set1(1.339086735133181e-3f));
+  p = S::fma(p, f, S::set1(9.618056669885529e-3f));
+  p = S::fma(p, f, S::set1(5.550357104253126e-2f));
+  p = S::fma(p, f, S::set1(2.402265092234275e-1f));
+  p = S::fma(p, f, S::set1(6.931471880293425e-1f));
+  p = S::fma(p, f, S::set1(1.0f));
+  return S::scale_by_pow2(p, n);
+}
+
+enum class Mask { kNone, kRowLimits };
+
+// Scores of n keys to weights, for one vector of rows; moves their maximum and sum. Returns whether the maximum moved: out must then be
+// multiplied by rescale.
+template <class S, class M>
+bool softmax_vector(const LaneScratch& w, int32_t n, int32_t stride, int32_t first_lane, Mask mask) {
+  using V = typename S::V;
+  float* scores = w.scores + first_lane;
+  uint32_t* weights = w.weights + first_lane;
+  const V old_max = S::load(w.row_max + first_lane);
+  V block_max = S::set1(kMinusInf);
+  for (int32_t t = 0; t < n; ++t) {
+    V s = S::load(scores + t * stride);
+    if (mask == Mask::kRowLimits) {
+      s = S::keep_below(s, t, w.limit + first_lane);
+      S::store(scores + t * stride, s);
+    }
+    block_max = S::max(s, block_max);  // passes over NaN: it comes through the weights
+  }
+  V new_max = old_max;
+  const V bound = S::add(old_max, S::set1(kLazyLog2));
+  const bool moved = S::any_greater(block_max, bound);
+  V sum = S::load(w.row_sum + first_lane);
+  if (moved) {
+    new_max = S::where_greater(block_max, bound, block_max, old_max);
+    const V rescale = S::where_greater(block_max, bound, exp2<S>(S::sub(old_max, new_max)), S::set1(1.0f));
+    S::store(w.rescale + first_lane, rescale);
+    S::store(w.row_max + first_lane, new_max);
+    sum = S::mul(sum, rescale);
+  } else {
+    S::store(w.rescale + first_lane, S::set1(1.0f));
+  }
+  // A row that has seen nothing but -inf keeps weights 2^(-inf - 0) = 0.
+  const V reference = S::where_greater(new_max, S::set1(kMinusInf), new_max, S::zero());
+  for (int32_t t = 0; t < n; t += M::kPair) {
+    const V low = exp2<S>(S::sub(S::load(scores + t * stride), reference));
+    sum = S::add(sum, low);
+    if constexpr (M::kPair == 2) {
+      V high = S::zero();
+      if (t + 1 < n) {
+        high = exp2<S>(S::sub(S::load(scores + (t + 1) * stride), reference));
+        sum = S::add(sum, high);
+      }
+      S::store_pairs(weights + t / 2 * stride, low, high);
+    } else {
+      S::store(weights + t * stride, low);
+    }
+  }
+  S::store(w.row_sum + first_lane, sum);
+  return moved;
+}
+
+// ---------------------------------------------------------------- packing -------------------------------------------------------------
+
+// Q as words [strip][word][lanes of the strip]; padded rows are 0.
+template <class S, class M>
+void pack_q(const AttendArgs& a, const LaneScratch& w, int32_t padded_rows, int32_t words) {
+  const int32_t vectors = padded_rows / S::kLanes;
+  const int32_t rope_columns = a.head_dim - a.q_columns;
+  int64_t token = a.first_row / a.heads, head = a.first_row % a.heads;
+  for (int32_t r = 0; r < padded_rows; ++r) {
+    const int32_t vector = r / S::kLanes, strip = vector / S::kTileB * S::kTileB;
+    const int32_t strip_lanes = min_int(S::kTileB, vectors - strip) * S::kLanes;
+    uint32_t* dst = w.q + static_cast<int64_t>(strip) * S::kLanes * words + (r - strip * S::kLanes);
+    if (r >= a.rows) {
+      for (int32_t k = 0; k < words; ++k) dst[static_cast<int64_t>(k) * strip_lanes] = 0;
+      continue;
+    }
+    const char* q = element(a.q.data, a.q_elem, token * a.q.token_stride + head * a.q.head_stride);
+    const char* rope = rope_columns == 0 ? nullptr : element(a.q_rope.data, a.q_elem, token * a.q_rope.token_stride + head * a.q_rope.head_stride);
+    if constexpr (M::kPair == 2) {
+      __builtin_memcpy(w.row, q, static_cast<uint64_t>(a.q_columns) * 2);
+      if (rope) __builtin_memcpy(reinterpret_cast<char*>(w.row) + a.q_columns * 2, rope, static_cast<uint64_t>(rope_columns) * 2);
+    } else {
+      load_row<S>(w.row, q, a.q_elem, a.q_columns);
+      if (rope) load_row<S>(w.row + a.q_columns, rope, a.q_elem, rope_columns);
+    }
+    for (int32_t k = 0; k < words; ++k) __builtin_memcpy(dst + static_cast<int64_t>(k) * strip_lanes, w.row + k, 4);
+    if (++head == a.heads) {
+      head = 0;
+      ++token;
+    }
+  }
+}
+
+// Where the n keys from first_token on lie.
+inline void find_keys(const AttendArgs& a, int64_t first_token, int32_t n, Keys& keys) {
+  int64_t page = first_token / a.page_size, in_page = first_token % a.page_size;
+  const bool has_rope = a.kv_columns < a.head_dim;
+  for (int32_t t = 0; t < n; ++t) {
+    const int64_t id = a.table[page];
+    keys.row[0][t] = element(a.kv.data, a.kv_elem, id * a.kv.page_stride + in_page * a.kv.token_stride);
+    if (has_rope) keys.row[1][t] = element(a.kv_rope.data, a.kv_elem, id * a.kv_rope.page_stride + in_page * a.kv_rope.token_stride);
+    if (++in_page == a.page_size) {
+      in_page = 0;
+      ++page;
+    }
+  }
+}
+
+// The block as fp32 rows, which serve both products; keys then point at them.
+template <class S>
+void convert_block(const AttendArgs& a, const LaneScratch& w, int32_t n, Keys& keys) {
+  const int32_t rope_columns = a.head_dim - a.kv_columns;
+  for (int32_t t = 0; t < n; ++t) {
+    float* row = reinterpret_cast<float*>(w.values) + static_cast<int64_t>(t) * w.row_stride;
+    load_row<S>(row, keys.row[0][t], a.kv_elem, a.kv_columns);
+    if (rope_columns > 0) load_row<S>(row + a.kv_columns, keys.row[1][t], a.kv_elem, rope_columns);
+    keys.row[0][t] = reinterpret_cast<const char*>(row);
+  }
+}
+
+// The values of a block as pairs of neighbouring keys: words [strip][pair][lanes of the strip].
+template <class S>
+void pack_values(const AttendArgs& a, const LaneScratch& w, int32_t n, const Keys& keys) {
+  static_assert(S::kLanes == 16);
+  const int32_t vectors = (a.value_dim + 15) / 16;
+  for (int32_t t = 0; t < n; t += 2) {
+    const char* low = keys.row[0][t];
+    const char* high = t + 1 < n ? keys.row[0][t + 1] : nullptr;
+    for (int32_t v = 0; v < vectors; v += 2) {
+      typename S::V words[2];
+      S::interleave(low + v * 32, high == nullptr ? nullptr : high + v * 32, a.value_dim - v * 16, &words[0], &words[1]);
+      for (int i = 0; i < 2 && v + i < vectors; ++i) {
+        const int32_t strip = (v + i) / S::kTileB * S::kTileB;
+        const int32_t strip_lanes = min_int(S::kTileB, vectors - strip) * 16;
+        S::store(w.values + strip * 16 * (kBlockTokens / 2) + t / 2 * strip_lanes + (v + i - strip) * 16, words[i]);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- attend --------------------------------------------------------------
+
+template <class S, class M>
+void score_block(const LaneScratch& w, const Keys& keys, int32_t n, int32_t padded_rows, float scale) {
+  const int32_t vectors = padded_rows / S::kLanes;
+  const int64_t words = keys.words[0] + keys.words[1];
+  for (int32_t t = 0; t < n; t += S::kTileA) {
+    for (int32_t v = 0; v < vectors; v += S::kTileB) {
+      score_tile_of<S, M>(min_int(S::kTileB, vectors - v), keys, t, n, w.q + v * S::kLanes * words, scale,
+                          w.scores + t * padded_rows + v * S::kLanes, padded_rows);
+    }
+  }
+}
+
+template <class S, class M>
+void add_values(const AttendArgs& a, const LaneScratch& w, int32_t n, int32_t padded_rows, Before before) {
+  const int32_t vectors = (a.value_dim + S::kLanes - 1) / S::kLanes;
+  ValueArgs tile{};
+  tile.weights_stride = padded_rows;
+  tile.steps = (n + M::kPair - 1) / M::kPair;
+  tile.out_stride = w.out_stride;
+  tile.before = before;
+  for (int32_t v = 0; v < vectors; v += S::kTileB) {
+    const int32_t strip_vectors = min_int(S::kTileB, vectors - v);
+    if constexpr (M::kPair == 2) {
+      tile.values = w.values + v * S::kLanes * (kBlockTokens / 2);
+      tile.values_stride = strip_vectors * S::kLanes;
+    } else {
+      tile.values = w.values + v * S::kLanes;
+      tile.values_stride = w.row_stride;
+    }
+    for (int32_t r = 0; r < a.rows; r += S::kTileA) {
+      tile.weights = w.weights + r;
+      tile.out = w.out + static_cast<int64_t>(r) * w.out_stride + v * S::kLanes;
+      tile.rescale = w.rescale + r;
+      value_tile_of<S, M>(min_int(S::kTileA, a.rows - r), strip_vectors, tile);
+    }
+  }
+}
+
+// limit[r] = keys of the block from first_token on that row r sees.
+inline void set_limits(const AttendArgs& a, const LaneScratch& w, int64_t first_token, int32_t n, int32_t padded_rows) {
+  int64_t token = a.first_row / a.heads, head = a.first_row % a.heads;
+  for (int32_t r = 0; r < padded_rows; ++r) {
+    const int64_t limit = a.visible0 + token - first_token;
+    w.limit[r] = limit < 0 ? 0 : min_int(limit, n);
+    if (++head == a.heads) {
+      head = 0;
+      ++token;
+    }
+  }
+}
+
+template <class S, class M>
+void attend_in(const AttendArgs& a, const LaneScratch& w) {
+  const int32_t padded_rows = round_up(a.rows, S::kLanes);
+  pack_q<S, M>(a, w, padded_rows, a.head_dim / M::kPair);
+  for (int32_t r = 0; r < padded_rows; ++r) {
+    w.row_max[r] = kMinusInf;
+    w.row_sum[r] = 0.0f;
+  }
+  int64_t end = a.end_token;
+  const int64_t first_visible = a.visible0 + a.first_row / a.heads;
+  if (a.is_causal) {
+    const int64_t last_visible = a.visible0 + (a.first_row + a.rows - 1) / a.heads;
+    if (end > last_visible) end = last_visible;
+  }
+  Keys keys;
+  Before before = Before::kNothing;
+  for (int64_t first = a.begin_token; first < end; first += kBlockTokens) {
+    const int32_t n = min_int(kBlockTokens, end - first);
+    find_keys(a, first, n, keys);
+    if constexpr (M::kPair == 2) {
+      keys.words[0] = a.kv_columns / 2;
+      keys.words[1] = (a.head_dim - a.kv_columns) / 2;
+      pack_values<S>(a, w, n, keys);
+    } else {
+      convert_block<S>(a, w, n, keys);
+      keys.words[0] = a.head_dim;
+      keys.words[1] = 0;
+    }
+    score_block<S, M>(w, keys, n, padded_rows, a.scale_log2e);
+    Mask mask = Mask::kNone;
+    if (a.is_causal && first + n > first_visible) {
+      mask = Mask::kRowLimits;
+      set_limits(a, w, first, n, padded_rows);
+    }
+    bool moved = false;
+    for (int32_t lane = 0; lane < padded_rows; lane += S::kLanes) moved |= softmax_vector<S, M>(w, n, padded_rows, lane, mask);
+    if (before != Before::kNothing) before = moved ? Before::kRescale : Before::kKeep;
+    add_values<S, M>(a, w, n, padded_rows, before);
+    before = Before::kKeep;
+  }
+}
+
+template <class S>
+void attend(const AttendArgs& a, const LaneScratch& w) {
+  if constexpr (S::kHasBf16Pairs) {
+    if (a.math == Math::kBf16Pairs) return attend_in<S, Bf16Words<S>>(a, w);
+  }
+  attend_in<S, Fp32Words<S>>(a, w);
+}
+
+}  // namespace
+}  // namespace mla::cpu

@@ -1,0 +1,128 @@
+// The pool's threads wait for a generation number to move: they spin for some microseconds, since decode calls follow one another, and
+// then sleep in the kernel.
+#include "cpu/thread_pool.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "backend.h"
+
+namespace mla::cpu {
+
+namespace {
+
+constexpr size_t kCacheLine = 64;
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Returns once value differs from `old`.
+template <class T>
+void wait_while(const std::atomic<T>& value, T old) {
+  const auto begin = std::chrono::steady_clock::now();
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() - begin < kSpin);
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+// Every member of a crew takes part in every run, so that none can be late with reading an old job. Each hot word has its cache line.
+struct ThreadPool::Crew {
+  const pid_t pid = getpid();
+  alignas(kCacheLine) std::atomic<bool> is_busy{false};
+  alignas(kCacheLine) std::atomic<uint32_t> generation{0};
+  alignas(kCacheLine) std::atomic<int32_t> running{0};
+  alignas(kCacheLine) mla_task_fn fn = nullptr;
+  void* task_context = nullptr;
+  int32_t tasks = 0;
+  bool is_ending = false;
+  std::vector<std::thread> threads;
+
+  void work(int32_t index, uint32_t seen) {
+    for (;;) {
+      wait_while(generation, seen);
+      ++seen;
+      if (is_ending) return;
+      if (index < tasks) fn(task_context, index);
+      if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
+    }
+  }
+
+  // Fewer threads than asked for are no failure.
+  void grow(int32_t count) {
+    const uint32_t now = generation.load(std::memory_order_relaxed);
+    try {
+      while (static_cast<int32_t>(threads.size()) < count) {
+        const int32_t index = static_cast<int32_t>(threads.size()) + 1;
+        threads.emplace_back([this, index, now] { work(index, now); });
+      }
+    } catch (const std::exception&) {
+    }
+  }
+
+  void release() {
+    generation.fetch_add(1, std::memory_order_release);
+    generation.notify_all();
+  }
+
+  void run(int32_t count, mla_task_fn f, void* context) {
+    const int32_t helpers = static_cast<int32_t>(threads.size());
+    fn = f;
+    task_context = context;
+    tasks = count;
+    running.store(helpers, std::memory_order_relaxed);
+    release();
+    f(context, 0);
+    for (int32_t i = helpers + 1; i < count; ++i) f(context, i);
+    for (int32_t left = running.load(std::memory_order_acquire); left != 0; left = running.load(std::memory_order_acquire)) {
+      wait_while(running, left);
+    }
+  }
+
+  ~Crew() {
+    is_ending = true;
+    release();
+    for (std::thread& t : threads) t.join();
+  }
+};
+
+ThreadPool::~ThreadPool() {
+  Crew* crew = crew_.load();
+  // A forked child has no threads to join; what it inherited of the crew is left alone.
+  if (crew != nullptr && crew->pid == getpid()) delete crew;
+}
+
+void ThreadPool::run(int32_t tasks, mla_task_fn fn, void* task_context) {
+  if (tasks > 1) {
+    Crew* crew = crew_.load(std::memory_order_acquire);
+    if (crew == nullptr || crew->pid != getpid()) {
+      auto fresh = std::make_unique<Crew>();
+      if (crew_.compare_exchange_strong(crew, fresh.get(), std::memory_order_acq_rel)) crew = fresh.release();
+    }
+    if (!crew->is_busy.exchange(true, std::memory_order_acquire)) {
+      if (static_cast<int32_t>(crew->threads.size()) + 1 < tasks) crew->grow(tasks - 1);
+      crew->run(tasks, fn, task_context);
+      crew->is_busy.store(false, std::memory_order_release);
+      return;
+    }
+  }
+  for (int32_t i = 0; i < tasks; ++i) fn(task_context, i);
+}
+
+std::shared_ptr<ThreadPool> make_thread_pool() { return std::make_shared<ThreadPool>(); }
+
+}  // namespace mla::cpu
