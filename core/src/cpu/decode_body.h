@@ -214,11 +214,11 @@ void value_tile_of(int rows, int vectors, const ValueArgs& a) {
 
 // ---------------------------------------------------------------- softmax -------------------------------------------------------------
 
-// 2^x for x <= 2^7; 0 below 2^-127; NaN stays NaN. Relative error below 1e-7.
+// 2^x for x < 127; exactly 0 for -inf; NaN stays NaN. Relative error below 1e-7.
 template <class S>
 typename S::V exp2(typename S::V x) {
   using V = typename S::V;
-  x = S::max(S::set1(-127.0f), x);  // the second operand is the result when it is NaN
+  x = S::max(S::set1(S::kZeroExponent), x);  // the second operand is the result when it is NaN
   const V n = S::round(x);
   const V f = S::sub(x, n);
   V p = S::set1(1.5461447463365068e-4f);  // (2^f - 1) / f on [-1/2, 1/2], Chebyshev, so that 2^0 is exactly 1

@@ -15,6 +15,7 @@ struct Scalar {
   static constexpr int kTileA = 4;  // a tile of the products: kTileA broadcast words by up to kTileB vectors
   static constexpr int kTileB = 2;
   static constexpr bool kHasBf16Pairs = false;
+  static constexpr float kZeroExponent = -127.0f;  // scale_by_pow2 with it gives 0
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
@@ -52,7 +53,7 @@ struct Scalar {
     const V magic = set1(12582912.0f);
     return (x + magic) - magic;
   }
-  // x * 2^n for integral n in [-127, 127]; n = -127 gives 0.
+  // x * 2^n for integral n in [kZeroExponent, 127].
   static V scale_by_pow2(V x, V n) {
     const V magic = set1(12582912.0f);
     U bits;
