@@ -14,8 +14,8 @@ class Framework(Protocol):
         """An uninitialised compact array that can be written to, on like's device. dtype is one of Problem's names."""
 
     def workspace(self, like: Any, nbytes: int, stream: int | None) -> Any:
-        """Uninitialised device memory, aligned to 256 bytes, for work on the stream (None: the current one), safe to drop after it
-        was enqueued."""
+        """Uninitialised device memory, aligned to 256 bytes, for work on the stream (None: the current one), safe to drop once
+        that work is enqueued."""
 
     def stream(self, like: Any) -> int | None:
         """The current stream, where the tensors do not tell it themselves."""
@@ -27,14 +27,12 @@ class Framework(Protocol):
 class _Numpy:
     """numpy, and ml_dtypes for the types that numpy lacks."""
 
-    _NAMES = {"fp32": "float32", "fp16": "float16", "int32": "int32"}
-
     def __init__(self, module: Any) -> None:
         self._np = module
 
     def dtype(self, name: str) -> Any:
-        if name in self._NAMES:
-            return self._np.dtype(self._NAMES[name])
+        if name in ("fp32", "fp16", "int32"):
+            return self._np.dtype({"fp32": "float32", "fp16": "float16", "int32": "int32"}[name])
         import ml_dtypes
 
         return self._np.dtype({"bf16": ml_dtypes.bfloat16, "e4m3": ml_dtypes.float8_e4m3fn}[name])

@@ -49,7 +49,7 @@ def mla_decode(
     Args:
         q: [batch, q_len, q_heads, head_dim], or [tokens, q_heads, head_dim] with cu_seqlens_q.
         kv_cache: [pages, page_size, kv_heads, head_dim]; or a pair (latent [..., value_dim], rope [..., head_dim - value_dim]).
-        block_table: int32 [batch, width], the page ids of each request in order. Entries after the last used page may be anything.
+        block_table: int32 [batch, width], the page ids of each request in order. Entries after the last used page are not read.
         cache_seqlens: int32 [batch], cached tokens of each request; 0 is allowed.
         value_dim: width of out: the first part of a cache row.
         causal: query token t of q_len sees the first len - q_len + 1 + t tokens.
@@ -69,7 +69,7 @@ def mla_decode(
         (out, lse), of q's framework, or the arrays that were given.
 
     Raises:
-        ValueError: a shape, type, stride, device or value that does not fit; the message names the tensor, and nothing is written.
+        ValueError: a shape, type, stride, device or value that does not fit; the message names the tensor; nothing is written.
         TypeError: an argument that is no tensor.
         NotImplementedError: no backend takes the problem; the message lists each backend's reason.
         RuntimeError: no usable CUDA driver, or a CUDA call failed.

@@ -108,7 +108,7 @@ def paged_from_contiguous(kv: Any, lengths: Any = None, page_size: int = 64) -> 
             raise ValueError(f"lengths[{i}]: expected at most the request's {r.shape[0]} tokens, got {n}")
     maker = _Maker(requests[0])
     table = make_block_table(counts, page_size)
-    pages = int(table.max(initial=-1)) + 1
+    pages = sum(-(-n // page_size) for n in counts)
     cache = maker.zeros(max(pages, 1), page_size, kv_heads, head_dim)
     tokens = cache.reshape(-1, kv_heads, head_dim)
     for row, r, n in zip(table, requests, counts, strict=True):

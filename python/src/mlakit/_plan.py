@@ -91,7 +91,7 @@ class Plan:
         self.info = PlanInfo(**self._native.info())
         self._is_cpu = self.problem.device == "cpu"
         self._out_dtype = self.problem.out_dtype or self.problem.q_dtype
-        # Free workspaces of a CPU plan. A CPU call has finished when it returns, so each concurrent call takes one and puts it back.
+        # Free scratch of a CPU plan. A call has finished when it returns: each concurrent one takes a buffer and puts it back.
         self._free: list[_ext.Buffer] = []
 
     def __repr__(self) -> str:

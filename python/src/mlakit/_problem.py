@@ -14,8 +14,9 @@ LseBase = Literal["e", "2"]
 
 # Fields that mla_problem has under the same name, as plain numbers.
 _NUMBERS = (
-    "max_batch q_len max_q_tokens max_len max_tokens q_heads kv_heads head_dim value_dim page_size chunk_tokens topk cp_world cp_rank"
-).split()
+    *("max_batch", "q_len", "max_q_tokens", "max_len", "max_tokens", "q_heads", "kv_heads", "head_dim", "value_dim"),
+    *("page_size", "chunk_tokens", "topk", "cp_world", "cp_rank"),
+)
 _FLAGS = ("causal", "ragged_q", "tree_mask", "extra_segment", "debug")
 
 

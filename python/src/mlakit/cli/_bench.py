@@ -1,0 +1,56 @@
+"""`mlakit bench`: prints what mlakit.bench measures, as a table or as JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+import mlakit
+
+
+def run(problems: list[str], device: str, backend: str | None, threads: int, rounds: int, as_json: bool) -> bool:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
+    problems = [str(mlakit.Problem.parse(text)) for text in problems]  # refuses nonsense before anything is measured
+    if device == "cuda":
+        from mlakit.bench import gpu
+
+        return gpu.main(problems, rounds=rounds, as_json=as_json)
+    from mlakit.bench import cpu, roofs
+
+    context = mlakit.Context(backend, threads)
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True), transient=True
+    )
+    results = []
+    with progress:
+        task = progress.add_task("roofs", total=1 + len(problems) * (rounds + 1))
+        measured = roofs.measure(threads)
+        progress.advance(task)
+        for text in problems:
+            progress.update(task, description=text)
+            results.append(cpu.run(text, context, threads, rounds, measured, lambda: progress.advance(task)))
+    if as_json:
+        for result in results:
+            print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print_table(results)
+    return True
+
+
+def print_table(results: list[Any]) -> None:
+    table = Table("problem", "backend", title=f"mlakit {mlakit.__version__}, {results[0].threads} threads", title_justify="left")
+    for name in ("rows right", "median µs", "spread", "GFLOP/s", "GB/s", "nearer roof", "share"):
+        table.add_column(name, justify="right")
+    for r in results:
+        roof = f"{r.roof_gflops:.0f} GFLOP/s" if r.roof == "compute" else f"{r.roof_gbytes:.1f} GB/s"
+        table.add_row(
+            *(r.problem, r.backend, str(r.checked_rows), f"{r.median_us:.1f}", f"±{50 * r.spread:.1f} %"),
+            *(f"{r.gflops:.1f}", f"{r.gbytes:.2f}", roof, f"{r.roof_share:.2f}"),
+        )
+    Console().print(table)
