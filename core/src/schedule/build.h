@@ -37,7 +37,7 @@ void build(const Config& c, const View& view, int32_t batch, LenFn&& len_tokens,
   view.boundary()[c.parts] = {batch, 0, 0, 0};
   header->batch = batch;
   header->parts = c.parts;
-  header->reserved = 0;
+  header->plan_key = c.plan_key;
   header->total_cost = cost;
   header->q_tokens = view.q_begin()[batch];
   header->magic = kMagic;

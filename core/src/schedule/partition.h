@@ -29,7 +29,7 @@ struct Config {
   int32_t parts;
   int32_t overhead_blocks;  // what an item costs beside its keys, >= 1
   int32_t chunk_blocks;     // 0: balanced
-  int32_t reserved;
+  int32_t plan_key;         // set after the backend's plan(): ties a schedule to its plan
   int64_t slots;  // partial results that fit into scratch
 
   MLA_HD constexpr int32_t blocks(int64_t len_tokens) const {

@@ -19,7 +19,7 @@ struct Header {
   uint32_t magic;  // kMagic once the schedule is complete
   int32_t batch;
   int32_t parts;
-  int32_t reserved;
+  int32_t plan_key;  // Config::plan_key of the plan that it was made with
   int64_t total_cost;
   int64_t q_tokens;
 };
