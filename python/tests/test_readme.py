@@ -93,7 +93,7 @@ def rule_cmake(command: str, tmp_path: Path) -> None:
     (tmp_path / "engine.cc").write_text(of("cpp")[0].text)
     lines = "".join(b.text for b in of("cmake"))
     assert "find_package(mlakit REQUIRED)" in lines
-    head = "cmake_minimum_required(VERSION 3.25)\nproject(engine CXX)\nset(CMAKE_CXX_STANDARD 20)\nadd_executable(engine engine.cc)\n"
+    head = "cmake_minimum_required(VERSION 3.25)\nproject(engine CXX)\nadd_executable(engine engine.cc)\n"
     (tmp_path / "CMakeLists.txt").write_text(head + lines)
     shell(command, tmp_path)
     shell("cmake --build build/engine && build/engine/engine", tmp_path)

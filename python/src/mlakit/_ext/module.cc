@@ -164,12 +164,12 @@ nb::tuple describe(nb::handle object, const char* name) {
 }
 
 // A compact array of an MLA_DTYPE_... over a buffer, which lives as long as the array.
-nb::ndarray<> array(nb::handle self, const std::vector<size_t>& shape, int32_t dtype) {
+nb::ndarray<nb::array_api> array(nb::handle self, const std::vector<size_t>& shape, int32_t dtype) {
   mla_tensor_storage storage;
   const int64_t one = 1;
   if (mla_tensor_init(&storage, nullptr, dtype, MLA_DEVICE_CPU, 0, 1, &one, nullptr) == nullptr) check(MLA_INVALID_ARGUMENT);
   const mla_data_type type = storage.tensor.dtype;
-  return nb::ndarray<>(nb::inst_ptr<Buffer>(self)->data, shape.size(), shape.data(), self, nullptr,
+  return nb::ndarray<nb::array_api>(nb::inst_ptr<Buffer>(self)->data, shape.size(), shape.data(), self, nullptr,
                        nb::dlpack::dtype{type.code, type.bits, type.lanes});
 }
 
