@@ -65,7 +65,7 @@ LaneScratch take_lane(Workspace& workspace, const Plan& plan, const CpuPlan& cpu
   const size_t rows = round_up(plan.config.item_rows, cpu_plan.kernel->lanes);
   const size_t tokens = cpu::kBlockTokens + cpu::kMaxTile;
   LaneScratch w{};
-  w.row_stride = spread_stride(std::max(p.head_dim, p.value_dim));
+  w.row_stride = spread_stride(p.head_dim + 15);  // the rope columns of two views are written in whole vectors, wherever they begin
   w.out_stride = spread_stride(p.value_dim);
   w.q = workspace.take<uint32_t>(rows * p.head_dim, kLane);
   w.scores = workspace.take<float>(tokens * rows, kLane);

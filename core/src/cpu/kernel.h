@@ -59,7 +59,7 @@ struct LaneScratch {
   uint32_t* weights; // words [kBlockTokens words][padded rows]
   uint32_t* values;  // fp32: the block's rows [kBlockTokens][row_stride]; bf16 pairs: [strip][kBlockTokens / 2][lanes of the strip]
   float* out;        // [padded rows][out_stride]
-  float* row;        // one row: head_dim words, whole vectors
+  float* row;        // one row: row_stride
   float* row_max;    // [padded rows] each
   float* row_sum;
   float* rescale;
