@@ -2,10 +2,12 @@
 
 from ._backends import Backend, backends, get_cmake_dir, get_include, get_library_path
 from ._decode import clear_plan_cache, merge_states, mla_decode, plan_cache_info
-from ._ext import version as __version__
+from ._ext import version as _version
 from ._paging import PagedCache, make_block_table, paged_from_contiguous
 from ._plan import Context, Plan, PlanInfo, Schedule
 from ._problem import Problem
+
+__version__ = _version()
 
 __all__ = [
     "Backend",

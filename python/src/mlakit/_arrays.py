@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from . import _ext
+from ._problem import DTYPES
 
 
 class Framework(Protocol):
@@ -65,7 +67,7 @@ class _Plain:
     """Any other producer of DLPack, and memoryviews: a memoryview gets memoryviews, others an object with __dlpack__."""
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        number = _ext.DTYPES[dtype]
+        number = DTYPES[dtype]
         itemsize = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1, "int32": 4}[dtype]
         nbytes = itemsize
         for extent in shape:
@@ -94,9 +96,7 @@ class _Jax(_Plain):
         return array
 
 
-@functools.lru_cache(maxsize=256)
-def framework_of(array_type: type) -> Framework:
-    """The framework of an array type, by the modules of its bases."""
+def _framework_of(array_type: type) -> Framework:
     for base in array_type.__mro__:
         root = base.__module__.partition(".")[0]
         if root == "torch":
@@ -110,3 +110,7 @@ def framework_of(array_type: type) -> Framework:
         if root in ("jax", "jaxlib"):
             return _Jax()
     return _Plain()
+
+
+framework_of: Callable[[Any], Framework] = functools.lru_cache(maxsize=256)(_framework_of)
+"""The framework of an array type, by the modules of its bases."""

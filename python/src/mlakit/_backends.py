@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from . import _ext
+from ._problem import DEVICES
 
 _PACKAGE = Path(__file__).parent
 
@@ -22,7 +23,7 @@ class Backend:
 
 def backends() -> list[Backend]:
     """Every backend of this build, in the order in which they are tried."""
-    device_names = {number: name for name, number in _ext.DEVICES.items()}
+    device_names = {number: name for name, number in DEVICES.items()}
     return [Backend(name, device_names[device], available, reason) for name, device, available, reason in _ext.backends()]
 
 

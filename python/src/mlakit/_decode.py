@@ -8,10 +8,10 @@ from typing import Any
 from . import _ext
 from ._arrays import framework_of
 from ._plan import Context, Plan, default_context
-from ._problem import LseBase, Problem, Split
+from ._problem import DEVICES, DTYPES, LseBase, Problem, Split
 
-_DTYPE_NAMES = {number: name for name, number in _ext.DTYPES.items()}
-_DEVICE_NAMES = {number: name for name, number in _ext.DEVICES.items()}
+_DTYPE_NAMES: dict[int, Any] = {number: name for name, number in DTYPES.items() if name != "int32"}
+_DEVICE_NAMES = {number: name for name, number in DEVICES.items()}
 
 
 def mla_decode(
@@ -78,9 +78,9 @@ def mla_decode(
     such search make a `Plan` themselves. `clear_plan_cache()` gives the memory back.
     """
     kv_rope = None
-    if isinstance(kv_cache, (tuple, list)):
+    if isinstance(kv_cache, tuple):
         if len(kv_cache) != 2:
-            raise ValueError(f"kv_cache: expected one tensor or a pair (latent, rope), got a sequence of {len(kv_cache)}")
+            raise ValueError(f"kv_cache: expected one tensor or a pair (latent, rope), got a tuple of {len(kv_cache)}")
         kv_cache, kv_rope = kv_cache
     device_type, device_id, q_dtype, q_shape = _ext.describe(q, "q")
     _, _, kv_dtype, kv_shape = _ext.describe(kv_cache, "kv_cache")
@@ -89,7 +89,7 @@ def mla_decode(
     if len(q_shape) != (3 if is_ragged else 4) or len(kv_shape) != 4 or len(table_shape) != 2:
         _refuse_ranks(q_shape, is_ragged, kv_shape, table_shape)
     framework = framework_of(type(q))
-    is_fixed_chunk_on_cpu = split == "fixed_chunk" and device_type == _ext.DEVICES["cpu"]
+    is_fixed_chunk_on_cpu = split == "fixed_chunk" and device_type == DEVICES["cpu"]
     plan = _cached_plan(
         context,
         device_type,

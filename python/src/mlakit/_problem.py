@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from . import _ext
 
@@ -11,6 +11,9 @@ DType = Literal["bf16", "fp16", "fp32", "e4m3"]
 KvFormat = Literal["plain", "fp8_tensor", "fp8_656", "fp8_584"]
 Split = Literal["balanced", "fixed_chunk"]
 LseBase = Literal["e", "2"]
+
+DEVICES, DTYPES, KV_FORMATS, SPLITS = _ext.devices(), _ext.dtypes(), _ext.kv_formats(), _ext.splits()
+_FLAG_BITS = _ext.flags()
 
 # Fields that mla_problem has under the same name, as plain numbers.
 _NUMBERS = (
@@ -81,18 +84,18 @@ class Problem:
     def parse(cls, text: str) -> Problem:
         """Reads the one-line form, such as "dense:bf16:b128:q1:h128:d576:v512:p64:l16384:causal". Raises ValueError."""
         native = _ext.Problem.parse(text)
-        flags = {name: bool(native.flags & _ext.FLAGS[name]) for name in _FLAGS}
-        device = _name(_ext.DEVICES, native.device_type)
+        flags = {name: bool(native.flags & _FLAG_BITS[name]) for name in _FLAGS}
+        device = _name(DEVICES, native.device_type)
         return cls(
             **{name: getattr(native, name) for name in _NUMBERS},
             **flags,
             device=f"{device}:{native.device_id}" if native.device_id else device,
-            q_dtype=_name(_ext.DTYPES, native.q_dtype),
-            kv_dtype=_name(_ext.DTYPES, native.kv_dtype) if native.kv_dtype else None,
-            out_dtype=_name(_ext.DTYPES, native.out_dtype) if native.out_dtype else None,
-            kv_format=_name(_ext.KV_FORMATS, native.kv_format),
-            split=_name(_ext.SPLITS, native.split_policy),
-            lse_base="2" if native.flags & _ext.FLAGS["lse_base2"] else "e",
+            q_dtype=_name(DTYPES, native.q_dtype),
+            kv_dtype=_name(DTYPES, native.kv_dtype) if native.kv_dtype else None,
+            out_dtype=_name(DTYPES, native.out_dtype) if native.out_dtype else None,
+            kv_format=_name(KV_FORMATS, native.kv_format),
+            split=_name(SPLITS, native.split_policy),
+            lse_base="2" if native.flags & _FLAG_BITS["lse_base2"] else "e",
             softmax_scale=native.softmax_scale or None,
         )
 
@@ -104,19 +107,19 @@ class Problem:
         for name in _NUMBERS:
             setattr(native, name, getattr(self, name))
         kind, _, ordinal = self.device.partition(":")
-        native.device_type = _number(_ext.DEVICES, "device", kind)
+        native.device_type = _number(DEVICES, "device", kind)
         native.device_id = int(ordinal) if ordinal else 0
-        native.q_dtype = _number(_ext.DTYPES, "q_dtype", self.q_dtype)
-        native.kv_dtype = _number(_ext.DTYPES, "kv_dtype", self.kv_dtype) if self.kv_dtype is not None else 0
-        native.out_dtype = _number(_ext.DTYPES, "out_dtype", self.out_dtype) if self.out_dtype is not None else 0
-        native.kv_format = _number(_ext.KV_FORMATS, "kv_format", self.kv_format)
-        native.split_policy = _number(_ext.SPLITS, "split", self.split)
+        native.q_dtype = _number(DTYPES, "q_dtype", self.q_dtype)
+        native.kv_dtype = _number(DTYPES, "kv_dtype", self.kv_dtype) if self.kv_dtype is not None else 0
+        native.out_dtype = _number(DTYPES, "out_dtype", self.out_dtype) if self.out_dtype is not None else 0
+        native.kv_format = _number(KV_FORMATS, "kv_format", self.kv_format)
+        native.split_policy = _number(SPLITS, "split", self.split)
         if self.softmax_scale == 0:
             raise ValueError("softmax_scale: expected a number other than 0, or None for head_dim ** -0.5, got 0")
         native.softmax_scale = self.softmax_scale if self.softmax_scale is not None else 0.0
-        native.flags = sum(_ext.FLAGS[name] for name in _FLAGS if getattr(self, name))
+        native.flags = sum(_FLAG_BITS[name] for name in _FLAGS if getattr(self, name))
         if _number({"e": 0, "2": 1}, "lse_base", self.lse_base):
-            native.flags |= _ext.FLAGS["lse_base2"]
+            native.flags |= _FLAG_BITS["lse_base2"]
         return native
 
 
@@ -127,5 +130,5 @@ def _number(names: dict[str, int], field: str, value: str) -> int:
     return number
 
 
-def _name(names: dict[str, int], value: int) -> str:
+def _name(names: dict[str, int], value: int) -> Any:
     return next(name for name, number in names.items() if number == value)

@@ -18,7 +18,8 @@ class Torch:
         # From the caching allocator, so that reuse follows the stream and a graph capture owns what it used.
         if stream is None:
             return torch.empty(nbytes, dtype=torch.uint8, device=like.device)
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=like.device)):
+        external: Any = torch.cuda.ExternalStream
+        with torch.cuda.stream(external(stream, device=like.device)):
             return torch.empty(nbytes, dtype=torch.uint8, device=like.device)
 
     def stream(self, like: torch.Tensor) -> int | None:

@@ -78,7 +78,7 @@ struct Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  nb::dict info() const {
+  nb::typed<nb::dict, nb::str, nb::any> info() const {
     mla_plan_info info{};
     info.struct_size = sizeof info;
     check(mla_plan_get_info(handle, &info));
@@ -143,7 +143,7 @@ struct Plan {
 };
 
 // (name, device_type, is_available, reason) of each backend, in order of preference.
-nb::list backends() {
+nb::typed<nb::list, nb::typed<nb::tuple, nb::str, nb::int_, nb::bool_, nb::str>> backends() {
   nb::list result;
   mla_backend_info info{};
   info.struct_size = sizeof info;
@@ -154,7 +154,7 @@ nb::list backends() {
 }
 
 // (device_type, device_id, MLA_DTYPE_..., shape) of a tensor.
-nb::tuple describe(nb::handle object, const char* name) {
+nb::typed<nb::tuple, nb::int_, nb::int_, nb::int_, nb::typed<nb::tuple, nb::int_, nb::ellipsis>> describe(nb::handle object, const char* name) {
   Tensor holder(object, name);
   if (holder.get() == nullptr) throw nb::type_error(name);
   const mla_tensor& tensor = *holder.get();
@@ -177,7 +177,7 @@ nb::ndarray<nb::array_api> array(nb::handle self, const std::vector<size_t>& sha
 
 NB_MODULE(_ext, m) {
   m.doc() = "mlakit's C API for the package's own use; import mlakit instead.";
-  m.attr("version") = MLAKIT_VERSION_STRING;
+  m.def("version", [] { return MLAKIT_VERSION_STRING; });
   m.def("library_version", &mla_version);
   m.def("backends", &backends);
   m.def("describe", &describe, nb::arg("tensor"), nb::arg("name"));

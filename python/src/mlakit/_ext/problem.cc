@@ -1,30 +1,38 @@
 // mla_problem as a Python class, field by field. Names and defaults for people are _problem.py's business.
 #include "bindings.h"
 
-#include <initializer_list>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace mlakit_py {
 
 namespace {
 
-// One of the header's enums, as name -> value.
-nb::dict names(std::initializer_list<std::pair<const char*, int64_t>> values) {
-  nb::dict result;
-  for (const auto& [name, value] : values) result[name] = value;
-  return result;
+// One of the header's enums, as name -> value, under a function of that name.
+using Names = nb::typed<nb::dict, nb::str, nb::int_>;
+
+void bind_names(nb::module_& m, const char* function, std::vector<std::pair<const char*, int64_t>> values) {
+  m.def(function, [values = std::move(values)]() -> Names {
+    nb::dict result;
+    for (const auto& [name, value] : values) result[name] = value;
+    return result;
+  });
 }
 
 }  // namespace
 
 void bind_problem(nb::module_& m) {
-  m.attr("DEVICES") = names({{"cpu", MLA_DEVICE_CPU}, {"cuda", MLA_DEVICE_CUDA}});
-  m.attr("DTYPES") = names({{"bf16", MLA_DTYPE_BF16}, {"fp16", MLA_DTYPE_FP16}, {"fp32", MLA_DTYPE_FP32}, {"e4m3", MLA_DTYPE_E4M3}, {"int32", MLA_DTYPE_INT32}});
-  m.attr("KV_FORMATS") = names({{"plain", MLA_KV_PLAIN}, {"fp8_tensor", MLA_KV_FP8_TENSOR}, {"fp8_656", MLA_KV_FP8_656}, {"fp8_584", MLA_KV_FP8_584}});
-  m.attr("SPLITS") = names({{"balanced", MLA_SPLIT_BALANCED}, {"fixed_chunk", MLA_SPLIT_FIXED_CHUNK}});
-  m.attr("FLAGS") = names({{"causal", MLA_PROBLEM_CAUSAL}, {"ragged_q", MLA_PROBLEM_RAGGED_Q}, {"lse_base2", MLA_PROBLEM_LSE_BASE2},
-                           {"tree_mask", MLA_PROBLEM_TREE_MASK}, {"extra_segment", MLA_PROBLEM_EXTRA_SEGMENT}, {"debug", MLA_PROBLEM_DEBUG}});
+  bind_names(m, "devices", {{"cpu", MLA_DEVICE_CPU}, {"cuda", MLA_DEVICE_CUDA}});
+  bind_names(m, "dtypes", {{"bf16", MLA_DTYPE_BF16}, {"fp16", MLA_DTYPE_FP16}, {"fp32", MLA_DTYPE_FP32}, {"e4m3", MLA_DTYPE_E4M3},
+                           {"int32", MLA_DTYPE_INT32}});
+  bind_names(m, "kv_formats", {{"plain", MLA_KV_PLAIN}, {"fp8_tensor", MLA_KV_FP8_TENSOR}, {"fp8_656", MLA_KV_FP8_656},
+                               {"fp8_584", MLA_KV_FP8_584}});
+  bind_names(m, "splits", {{"balanced", MLA_SPLIT_BALANCED}, {"fixed_chunk", MLA_SPLIT_FIXED_CHUNK}});
+  bind_names(m, "flags", {{"causal", MLA_PROBLEM_CAUSAL}, {"ragged_q", MLA_PROBLEM_RAGGED_Q}, {"lse_base2", MLA_PROBLEM_LSE_BASE2},
+                          {"tree_mask", MLA_PROBLEM_TREE_MASK}, {"extra_segment", MLA_PROBLEM_EXTRA_SEGMENT},
+                          {"debug", MLA_PROBLEM_DEBUG}});
+
   nb::class_<mla_problem>(m, "Problem")
       .def("__init__", [](mla_problem* self) { check(mla_problem_init(self)); })
       .def_rw("flags", &mla_problem::flags)

@@ -69,7 +69,7 @@ class Call:
 
     def first(self, requests: int) -> tuple[Any, Any, Any]:
         """q, block_table and cache_seqlens of the first requests."""
-        return tuple(t.first(requests).array for t in (self.q, self.block_table, self.cache_seqlens))  # type: ignore[return-value]
+        return tuple(t.first(requests).array for t in (self.q, self.block_table, self.cache_seqlens))
 
 
 def flop(problem: mlakit.Problem, batch: int) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlakit import _ext
+from mlakit._problem import DTYPES
 
 # For each type: bits of an element, the bits that are random (sign, the exponent's low three bits, mantissa) and those that are
 # set. Magnitudes are then log-uniform in [2^-7, 2), the same for each type.
@@ -24,8 +25,8 @@ class Tensor:
         self.dtype = dtype
         self.nbytes = itemsize * math.prod(shape)
         self._buffer = _ext.Buffer(-(-self.nbytes // 4) * 4, 64)
-        self.array: Any = self._buffer.array(list(shape), _ext.DTYPES[dtype])
-        words = self._buffer.array([self._buffer.nbytes // 4], _ext.DTYPES["int32"])
+        self.array: Any = self._buffer.array(list(shape), DTYPES[dtype])
+        words = self._buffer.array([self._buffer.nbytes // 4], DTYPES["int32"])
         self.bits = memoryview(words).cast("B")[: self.nbytes].cast("I" if itemsize == 4 else "H")
 
     def first(self, count: int) -> Tensor:
@@ -34,7 +35,7 @@ class Tensor:
         part.shape = (count, *self.shape[1:])
         part.dtype, part.nbytes = self.dtype, self.nbytes // self.shape[0] * count
         part._buffer = self._buffer
-        part.array = self._buffer.array(list(part.shape), _ext.DTYPES[self.dtype])
+        part.array = self._buffer.array(list(part.shape), DTYPES[self.dtype])
         part.bits = self.bits[: part.nbytes // self.bits.itemsize]
         return part
 
