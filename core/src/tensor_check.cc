@@ -65,17 +65,17 @@ Status check_shape(const mla_tensor& tensor, const TensorSpec& spec) {
 // Fills shape, stride and extent of info.
 Status check_strides(const mla_tensor& tensor, const TensorSpec& spec, TensorInfo& info) {
   bool is_too_far = false;
-  bool is_empty = false;
+  // Without elements the strides mean nothing (numpy makes them 0).
+  const bool is_empty = std::find(tensor.shape, tensor.shape + spec.ndim, 0) != tensor.shape + spec.ndim;
   int64_t compact = 1;
   for (int32_t i = spec.ndim - 1; i >= 0; --i) {
     const int64_t size = tensor.shape[i];
     info.shape[i] = size;
-    info.stride[i] = tensor.strides == nullptr || size <= 1 ? compact : tensor.strides[i];
+    info.stride[i] = tensor.strides == nullptr || is_empty || size <= 1 ? compact : tensor.strides[i];
     if (info.stride[i] < 0) {
       return invalid("%s: the stride of %s must be at least 0, got strides[%d] = %lld; make a copy in order", spec.name, spec.dims[i].name, i,
                      static_cast<long long>(info.stride[i]));
     }
-    is_empty = is_empty || size == 0;
     is_too_far = __builtin_mul_overflow(info.stride[i], std::max<int64_t>(size, 1), &compact) || is_too_far;
   }
   const int32_t last = spec.ndim - 1;
