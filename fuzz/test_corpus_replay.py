@@ -1,0 +1,30 @@
+"""Cases that failed once, and the named cases of mlakit.testing, on every backend: numbers, threads, nothing left unwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlakit import testing
+
+import harness
+
+CORPUS = Path(__file__).parent / "corpus"
+CASES = {path.stem: testing.Case.from_json(path.read_text()) for path in sorted(CORPUS.glob("*.json"))} | testing.NAMED_CASES
+
+
+def replay(case: testing.Case, backend: str) -> None:
+    if case.parsed.q_dtype not in harness.dtypes(backend):
+        pytest.skip(f"{backend} does not take {case.parsed.q_dtype}")
+    one = harness.decode_and_check(case, backend)
+    harness.assert_same_bits(one, harness.decode(case, backend, threads=3), "1 and 3 threads")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replay(name: str, backend: str) -> None:
+    replay(CASES[name], backend)
+
+
+def test_json_keeps_every_field() -> None:
+    for case in CASES.values():
+        assert testing.Case.from_json(case.to_json()).to_json() == case.to_json()

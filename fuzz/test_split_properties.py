@@ -1,0 +1,93 @@
+"""Attention over disjoint keys joins into attention over all of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from mlakit import testing
+from mlakit.reference import float64, merge_states_reference
+
+import abi
+import harness
+from strategies import cases
+
+
+@given(data=st.data())
+def test_two_halves_make_the_whole(backend: str, data: st.DataObject) -> None:
+    """The cut is at a page, anywhere in each request; the first half may be empty, and so may the second."""
+    options = {"causal": False, "out_dtypes": ("outfp32",), "has_lse": True, "has_memory": False}
+    case = data.draw(cases(dtypes=harness.dtypes(backend), **options)).replace(has_sink=False)
+    page_size = case.parsed.page_size
+    cuts = [data.draw(st.integers(0, -(-length // page_size))) for length in case.lengths]
+    firsts = [min(cut * page_size, length) for cut, length in zip(cuts, case.lengths, strict=True)]
+
+    inputs = testing.make_inputs(case)
+    want = testing.expect(case, inputs, exact=harness.is_exact(backend))
+    parts = []
+    for is_first in (True, False):
+        half = testing.make_inputs(case)
+        for request, cut in enumerate(cuts):
+            half.cache_seqlens[request] = firsts[request] if is_first else case.lengths[request] - firsts[request]
+            if not is_first:
+                row = half.block_table[request]
+                row[: row.size - cut] = row[cut:].copy()
+        parts.append(harness.decode(case, backend, half))
+    rows = parts[0].lse.shape
+    tokens, heads, dim = int(np.prod(rows[:-1])), rows[-1], case.parsed.value_dim
+    outs = np.stack([part.out.reshape(tokens, heads, dim) for part in parts])
+    lses = np.stack([part.lse.reshape(tokens, heads) for part in parts])
+    out, lse = np.full((tokens, heads, dim), np.nan, np.float32), np.full((tokens, heads), np.nan, np.float32)
+    abi.merge(outs, lses, out, lse, backend, is_base2=case.parsed.lse_base == "2")
+
+    # Both halves and the join round once more in fp32.
+    slack = 8 * testing.ROUNDOFF["fp32"]
+    for name, got in (("out", out), ("lse", lse)):
+        wanted = getattr(want, name)
+        limit = getattr(want, f"{name}_limit") + slack * (1 + np.abs(np.nan_to_num(wanted, neginf=0)))
+        testing.check_close(got.reshape(wanted.shape), wanted, 2 * limit, f"{name} of the joined halves: {case}")
+
+
+@st.composite
+def partials(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Random parts: out of any type with gaps between its rows, lse between hardly and very much apart, or -inf."""
+    shape = tuple(draw(st.integers(low, high)) for low, high in ((1, 5), (1, 4), (1, 5), (1, 40)))
+    dtype = testing.numpy_dtype(draw(st.sampled_from(("fp32", "bf16", "fp16"))))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    gap = draw(st.integers(0, 3))
+    outs = np.full((*shape[:3], shape[3] + gap), np.nan, dtype)[..., : shape[3]]
+    outs[...] = rng.standard_normal(shape, np.float32)
+    lses = (draw(st.sampled_from((1.0, 30.0, 0.0))) * rng.standard_normal(shape[:3])).astype(np.float32)
+    empty = rng.random(shape[:3]) < draw(st.sampled_from((0.0, 0.3, 1.0)))
+    lses[empty], outs[empty] = -np.inf, 0
+    return outs, lses
+
+
+@given(parts=partials(), is_base2=st.booleans(), out_dtype=st.sampled_from(("fp32", "bf16", "fp16")), has_lse=st.booleans())
+def test_merge_agrees_with_the_reference(
+    backend: str, parts: tuple[np.ndarray, np.ndarray], is_base2: bool, out_dtype: str, has_lse: bool
+) -> None:
+    outs, lses = parts
+    out = np.full(outs.shape[1:], np.nan, testing.numpy_dtype(out_dtype))
+    lse = np.full(outs.shape[1:-1], np.nan, np.float32) if has_lse else None
+    abi.merge(outs, lses, out, lse, backend, is_base2=is_base2)
+    want_out, want_lse = merge_states_reference(outs, lses, lse_base="2" if is_base2 else "e")
+    largest = np.abs(float64(outs)).max(0)
+    # exp of a difference of lse: its error grows with the size of the difference.
+    spread = 1 + np.abs(np.where(np.isfinite(lses), lses, 0)).max(0)
+    relative = 8 * testing.ROUNDOFF["fp32"] * spread
+    roundoff = testing.ROUNDOFF[out_dtype] * 1.02
+    limit = relative[..., None] * largest + roundoff * np.abs(want_out) + testing.SMALLEST[out_dtype]
+    testing.check_close(out, want_out, limit, "merged out")
+    if lse is not None:
+        testing.check_close(lse, want_lse, relative * 2, "merged lse")
+
+
+@given(parts=partials())
+def test_a_single_part_is_the_result(backend: str, parts: tuple[np.ndarray, np.ndarray]) -> None:
+    outs, lses = parts[0][:1], parts[1][:1]
+    out, lse = np.full_like(outs[0], np.nan), np.full_like(lses[0], np.nan)
+    abi.merge(outs, lses, out, lse, backend)
+    assert out.tobytes() == np.ascontiguousarray(outs[0]).tobytes()
+    # The base changes to 2 and back.
+    testing.check_close(lse, lses[0], 4 * testing.ROUNDOFF["fp32"] * np.abs(np.nan_to_num(lses[0], neginf=0)), "lse of a single part")
