@@ -88,8 +88,9 @@ def test_it_holds_the_c_side_and_nothing_else(wheel: Path) -> None:
         "mlakit/lib/cmake/mlakit/mlakitConfig.cmake",
         "mlakit/lib/cmake/mlakit/mlakitConfigVersion.cmake",
     }
-    rest = [f for f in files if not f.startswith(("mlakit/include/mlakit/", "mlakit/lib/cmake/mlakit/"))]
-    assert set(rest) == {extension, "mlakit/_ext.pyi", "mlakit/py.typed", "mlakit/lib/libmlakit.so"}
+    rest = [f for f in files if not f.startswith(("mlakit/include/mlakit/", "mlakit/lib/cmake/mlakit/", "mlakit/lib/pkgconfig/"))]
+    own = {extension, "mlakit/_ext.pyi", "mlakit/py.typed", "mlakit/lib/libmlakit.so", "mlakit/bench/libmlakit_probe.so"}
+    assert set(rest) == own
 
 
 def test_it_needs_no_other_package(wheel: Path) -> None:

@@ -98,7 +98,7 @@ def mla_decode(
         kv_dtype,
         q_dtype if out is None else _ext.describe(out, "out")[2],
         is_ragged,
-        _rounded(table_shape[0]),
+        _rounded(table_shape[0] if is_ragged else max(q_shape[0], table_shape[0])),
         _rounded(q_shape[0]) if is_ragged else q_shape[1],
         _rounded(table_shape[1] * kv_shape[1]),
         _rounded(sum(cache_seqlens.tolist())) if is_fixed_chunk_on_cpu else 0,

@@ -158,9 +158,9 @@ nb::typed<nb::tuple, nb::int_, nb::int_, nb::int_, nb::typed<nb::tuple, nb::int_
   Tensor holder(object, name);
   if (holder.get() == nullptr) throw nb::type_error(name);
   const mla_tensor& tensor = *holder.get();
-  nb::list shape;
-  for (int d = 0; d < tensor.ndim; ++d) shape.append(tensor.shape[d]);
-  return nb::make_tuple(tensor.device.device_type, tensor.device.device_id, dtype_of(tensor.dtype), nb::tuple(shape));
+  nb::object shape = nb::steal(PyTuple_New(tensor.ndim));
+  for (int d = 0; d < tensor.ndim; ++d) PyTuple_SetItem(shape.ptr(), d, nb::int_(tensor.shape[d]).release().ptr());
+  return nb::make_tuple(tensor.device.device_type, tensor.device.device_id, dtype_of(tensor.dtype), shape);
 }
 
 // A compact array of an MLA_DTYPE_... over a buffer, which lives as long as the array.

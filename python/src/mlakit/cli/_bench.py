@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -44,13 +45,15 @@ def run(problems: list[str], device: str, backend: str | None, threads: int, rou
 
 
 def print_table(results: list[Any]) -> None:
-    table = Table("problem", "backend", title=f"mlakit {mlakit.__version__}, {results[0].threads} threads", title_justify="left")
-    for name in ("rows right", "median µs", "spread", "GFLOP/s", "GB/s", "nearer roof", "share"):
-        table.add_column(name, justify="right")
+    title = f"mlakit {mlakit.__version__}, {results[0].threads} threads; median of the rounds"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("problem and backend", overflow="fold", min_width=20)
+    for name in ("right\nrows", "µs", "spread", "GFLOP/s", "GB/s", "nearer roof", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
     for r in results:
         roof = f"{r.roof_gflops:.0f} GFLOP/s" if r.roof == "compute" else f"{r.roof_gbytes:.1f} GB/s"
         table.add_row(
-            *(r.problem, r.backend, str(r.checked_rows), f"{r.median_us:.1f}", f"±{50 * r.spread:.1f} %"),
-            *(f"{r.gflops:.1f}", f"{r.gbytes:.2f}", roof, f"{r.roof_share:.2f}"),
+            *(f"{r.problem} {r.backend}", str(r.checked_rows), f"{r.median_us:.1f}", f"±{50 * r.spread:.0f} %"),
+            *(f"{r.gflops:.0f}", f"{r.gbytes:.2f}", roof, f"{r.roof_share:.2f}"),
         )
     Console().print(table)
