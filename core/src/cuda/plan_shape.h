@@ -1,0 +1,50 @@
+// What a plan on the device looks like: pure numbers from the problem and the number of multiprocessors.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/sm90/config.h"
+#include "problem.h"
+#include "schedule/partition.h"
+
+namespace mla::cuda {
+
+struct PlanShape {
+  schedule::Config config;
+  int32_t tiles;              // CTAs of 64 rows that walk an item's keys together
+  int32_t cluster;            // of them, so many form a cluster
+  int32_t slot_rows;          // rows of a partial result
+  int32_t items_per_request;  // the most
+
+  size_t partial_out_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots) * static_cast<size_t>(slot_rows) * sm90::kValueDim; }
+  size_t partial_lse_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots) * static_cast<size_t>(slot_rows); }
+};
+
+// Partial results that fixed_chunk can leave behind. A request of n blocks > c = chunk_blocks leaves ceil(n / c) <= 2 (n - 1) / c for each
+// item, and n - 1 blocks are full; so either bound holds, from the requests or from all tokens together.
+inline int64_t fixed_chunk_slots(const Problem& p, const schedule::Config& c, int64_t items_per_request) {
+  const int64_t by_request = p.max_batch * items_per_request * c.chunks(p.max_len);
+  const int64_t by_tokens = items_per_request * 2 * ceil_div(p.max_tokens, int64_t{c.block_tokens} * c.chunk_blocks);
+  return std::min(by_request, by_tokens);
+}
+
+inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
+  PlanShape shape{};
+  const int64_t max_rows = p.rows(p.q_len);
+  shape.tiles = static_cast<int32_t>(std::min<int64_t>(ceil_div(max_rows, sm90::kTileRows), sm90::kMaxTiles));
+  shape.cluster = shape.tiles % 2 == 0 ? 2 : 1;  // pairs read the same pages at the same time, at no cost in bandwidth
+  schedule::Config& c = shape.config;
+  c.block_tokens = sm90::kBlockTokens;
+  c.item_rows = shape.tiles * sm90::kTileRows;
+  c.heads_per_kv_head = p.heads_per_kv_head();
+  c.kv_heads = p.kv_heads;
+  c.parts = std::max(1, multiprocessors / shape.tiles);
+  c.overhead_blocks = 1;
+  c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;
+  shape.slot_rows = static_cast<int32_t>(std::min<int64_t>(c.item_rows, max_rows));
+  shape.items_per_request = static_cast<int32_t>(c.items(p.q_len));
+  c.slots = c.chunk_blocks > 0 ? fixed_chunk_slots(p, c, shape.items_per_request) : 2 * int64_t{c.parts};
+  return shape;
+}
+
+}  // namespace mla::cuda

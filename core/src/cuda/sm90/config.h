@@ -1,0 +1,46 @@
+// What distinguishes the compiled variants of the dense decode kernel, and what follows from it.
+#pragma once
+
+#include "layout/tma_box.h"
+#include "problem.h"
+
+namespace mla::cuda::sm90 {
+
+inline constexpr int kBlockTokens = 64;     // unit of the schedule: two slots
+inline constexpr int kTileRows = 64;        // rows of a CTA
+inline constexpr int kMaxTiles = 4;         // row tiles (CTAs) that walk the same keys at the same time
+inline constexpr int kValueDim = 512;
+inline constexpr int kHalfColumns = 256;    // output columns of one output warpgroup
+inline constexpr int kQuarterColumns = 128; // of one accumulator: m64n256 needs 154 registers at launch, and 512 threads have 128 (C7602)
+inline constexpr int kLatentGroups = 8;     // column groups of the value part
+inline constexpr int kThreads = 512;        // four warpgroups
+inline constexpr int kMathThreads = 128;
+
+inline constexpr int kScheduleThreads = 512;
+inline constexpr int kCombineWarps = 8;
+inline constexpr int kCombineThreads = 32 * kCombineWarps;
+inline constexpr int kFewCuts = 8;          // up to so many pieces of an item, combine gives a warp to each row
+inline constexpr int kRowQuarters = 4;      // else a CTA to each quarter of a row
+inline constexpr int kMergeThreads = 128;   // of the kernel behind mla_merge
+
+struct DecodeConfig {
+  DType dtype;
+  int head_dim;
+
+  MLA_HD constexpr int groups() const { return head_dim / layout::kGroupColumns; }
+  MLA_HD constexpr bool has_rope() const { return groups() > kLatentGroups; }
+  MLA_HD constexpr int slot_bytes() const { return groups() * layout::kGroupBytes; }
+  // All shared memory that is left after Q and P: five slots of 36,864 bytes or six of 32,768.
+  MLA_HD constexpr int ring_slots() const { return has_rope() ? 5 : 6; }
+  // Column groups of Q that the score warpgroup keeps in registers (16 a group); the others stay in shared memory.
+  MLA_HD constexpr int q_register_groups() const { return 6; }
+  MLA_HD constexpr int q_shared_groups() const { return groups() - q_register_groups(); }
+};
+
+// setmaxnreg of each role; together 512 x 128. An output warpgroup holds 128 accumulators: under 160 ptxas gives up (C7507).
+inline constexpr int kScoreRegisters = 160;
+inline constexpr int kOutputRegisters = 160;
+inline constexpr int kLoaderRegisters = 32;
+static_assert(kScoreRegisters + 2 * kOutputRegisters + kLoaderRegisters == 512);
+
+}  // namespace mla::cuda::sm90

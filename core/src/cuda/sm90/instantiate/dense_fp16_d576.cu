@@ -1,0 +1,3 @@
+// One variant of the dense decode kernel.
+#include "cuda/sm90/decode_dense_kernel.cuh"
+MLA_INSTANTIATE(dense_fp16_d576)

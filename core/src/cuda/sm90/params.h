@@ -1,0 +1,62 @@
+// What the host hands to the kernels, by value.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+
+#include "schedule/view.h"
+#include "tensors.h"
+
+namespace mla::cuda::sm90 {
+
+// Where results go and how they are finished; shared by decode and combine.
+struct ResultParams {
+  RowView out;         // element type by is_out_fp32, else that of q
+  RowView lse;         // data = nullptr: not wanted
+  const float* sink;   // nullptr: none
+  float lse_unit;      // what an lse in base 2 is multiplied with: 1, or ln 2
+  bool is_ragged;
+  bool is_out_fp32;
+  float* partial_out;  // [slots, slot_rows, 512], normalised
+  float* partial_lse;  // [slots, slot_rows], base 2
+  int32_t slot_rows;
+};
+
+struct DecodeParams {
+  CUtensorMap q_latent, q_rope, kv_latent, kv_rope;  // (column, head | token, column group, token | kv head, request | page)
+  schedule::Config config;
+  schedule::Layout layout;
+  const std::byte* schedule;
+  TableView block_table;
+  ResultParams result;
+  int32_t batch;
+  int32_t page_size;
+  int32_t kv_run;  // layout::run_rows of a page
+  int32_t q_run;   // layout::run_rows of the heads of a query token
+  float scale_log2e;
+  bool is_causal;
+};
+
+struct CombineParams {
+  schedule::Config config;
+  schedule::Layout layout;
+  const std::byte* schedule;
+  ResultParams result;
+  int32_t batch;
+  int32_t items_per_request;  // the most; > 0: blockIdx.x counts items. 0: it counts parts, each standing for the item cut at its begin.
+};
+
+struct ScheduleParams {
+  schedule::Config config;
+  schedule::Layout layout;
+  std::byte* schedule;
+  Int32View cache_seqlens;
+  Int32View cu_seqlens_q;  // data = nullptr: q_len for every request
+  int32_t batch;
+  int32_t q_len;
+  int64_t max_len;
+  int64_t max_q_tokens;
+};
+
+}  // namespace mla::cuda::sm90

@@ -1,0 +1,83 @@
+// Walking a ring of buffers guarded by barriers: the only place where a phase flips, and the only place that waits.
+#pragma once
+
+#include "cuda/sm90/protocol.h"
+#include "cuda/sm90/ptx/mbarrier.cuh"
+
+namespace mla::cuda::sm90 {
+
+// A position in a ring of kStages buffers and how often (mod 2) the ring was walked, in one register.
+template <uint32_t kStages>
+struct Cursor {
+  static constexpr bool kIsPowerOfTwo = (kStages & (kStages - 1)) == 0;
+  static constexpr uint32_t kPhaseBit = 256;
+  uint32_t value = 0;  // power of two: buffers passed. Else: stage, and the phase in kPhaseBit.
+
+  __device__ __forceinline__ uint32_t stage() const { return kIsPowerOfTwo ? value % kStages : value % kPhaseBit; }
+  __device__ __forceinline__ uint32_t phase() const { return value / (kIsPowerOfTwo ? kStages : kPhaseBit) & 1; }
+  __device__ __forceinline__ void advance() {
+    ++value;
+    if constexpr (!kIsPowerOfTwo) {
+      if (value % kPhaseBit == kStages) value = value / kPhaseBit * kPhaseBit ^ kPhaseBit;
+    }
+  }
+};
+
+#ifdef MLAKIT_BOUNDED_WAITS
+// The barrier that a wait gave up on, as 1 + Barrier * 256 + stage; read by a debugger or the host after the trap.
+__device__ uint32_t g_stuck_barrier;
+#endif
+
+// Address of barrier kId of a stage, given the address of the first barrier of the table.
+template <Barrier kId>
+__device__ __forceinline__ uint32_t barrier_address(uint32_t barriers, uint32_t stage) {
+  return barriers + (first_barrier(kId) + stage) * static_cast<uint32_t>(sizeof(uint64_t));
+}
+
+// Waits until the phase of that parity is over. Debug builds trap after about two seconds and name the barrier.
+template <Barrier kId>
+__device__ __forceinline__ void wait(uint32_t barriers, uint32_t stage, uint32_t parity) {
+  const uint32_t address = barrier_address<kId>(barriers, stage);
+#ifdef MLAKIT_BOUNDED_WAITS
+  const long long start = clock64();
+  while (!ptx::mbarrier_try_wait_parity(address, parity)) {
+    if (clock64() - start > 4'000'000'000ll) {
+      g_stuck_barrier = 1 + static_cast<uint32_t>(kId) * 256 + stage;
+      __threadfence_system();
+      __trap();
+    }
+  }
+#else
+  while (!ptx::mbarrier_try_wait_parity(address, parity)) {
+  }
+#endif
+}
+
+// A full buffer, for its reader; an empty one, for its writer (passes at once on the first walk).
+template <Barrier kId, uint32_t kStages>
+__device__ __forceinline__ void wait_full(uint32_t barriers, const Cursor<kStages>& at) {
+  wait<kId>(barriers, at.stage(), at.phase());
+}
+template <Barrier kId, uint32_t kStages>
+__device__ __forceinline__ void wait_empty(uint32_t barriers, const Cursor<kStages>& at) {
+  wait<kId>(barriers, at.stage(), at.phase() ^ 1);
+}
+
+template <Barrier kId>
+__device__ __forceinline__ void arrive(uint32_t barriers, uint32_t stage) {
+  ptx::mbarrier_arrive(barrier_address<kId>(barriers, stage));
+}
+
+template <uint32_t kIndex = 0>
+__device__ __forceinline__ void init_barriers(uint32_t barriers) {
+  constexpr BarrierSpec kSpec = kBarriers[kIndex];
+#pragma unroll
+  for (int stage = 0; stage < kSpec.stages; ++stage) ptx::mbarrier_init(barrier_address<kSpec.id>(barriers, stage), kSpec.arrivals);
+  if constexpr (kIndex + 1 < static_cast<uint32_t>(Barrier::kCount)) {
+    init_barriers<kIndex + 1>(barriers);
+  } else {
+    ptx::fence_mbarrier_init();
+  }
+}
+
+}  // namespace mla::cuda::sm90

@@ -1,0 +1,53 @@
+// Shared memory of the dense decode kernel: the tiles' places, and the small things behind them.
+#pragma once
+
+#include "cuda/sm90/config.h"
+#include "cuda/sm90/protocol.h"
+#include "layout/smem_plan.h"
+
+namespace mla::cuda::sm90 {
+
+// One piece of the schedule as this CTA's row tile sees it, written by the planner for all roles.
+struct Work {
+  int32_t request;  // < 0: no more
+  int32_t begin_block, end_block;
+  int32_t len_tokens;
+  int32_t q_tokens, q_begin;
+  int32_t first_row;  // of the tile, among the request's rows of this kv head
+  int32_t kv_head;
+  int32_t slot;  // of the partial result; or one of:
+};
+inline constexpr int32_t kWholeItem = -1;  // the result is final
+inline constexpr int32_t kDropped = -2;    // no room in scratch (more tokens than the plan's maximum): combine writes NaN
+
+struct Control {
+  uint64_t barriers[kBarrierCount];
+  Work work[kWorkStages];
+  float rescale[kPStages][kTileRows];         // what O is multiplied with before this block's P V
+  uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
+  float scale[kTileRows];                     // what O is multiplied with at the end
+};
+
+template <DecodeConfig kCfg>
+MLA_HD constexpr layout::SmemPlan smem_plan() {
+  constexpr layout::SmemPlan kPlan{static_cast<uint32_t>(kCfg.ring_slots()),
+                                   static_cast<uint32_t>(kCfg.slot_bytes()),
+                                   static_cast<uint32_t>(kCfg.q_shared_groups() * kTileRows) * layout::kSwizzleRowBytes,
+                                   kPStages,
+                                   kTileRows * layout::kSwizzleRowBytes,
+                                   sizeof(Control)};
+  static_assert(kPlan.is_valid());
+  return kPlan;
+}
+
+// What every role knows: places in shared memory as addresses, and who it is.
+struct RoleContext {
+  uint32_t shared;    // address of the first tile
+  uint32_t barriers;  // address of the first barrier
+  Control* control;
+  int warp;    // within the warpgroup
+  int lane;
+  int thread;  // within the warpgroup
+};
+
+}  // namespace mla::cuda::sm90
