@@ -32,7 +32,9 @@ Status format_status(mla_status code, const char* format, va_list args) {
   char text[1024];  // longer ones are cut: a message is one line for people
   std::vsnprintf(text, sizeof text, format, args);
   for (char* c = text; *c != '\0'; ++c) {
-    if (*c == '\n' || *c == '\r') *c = ' ';  // names that callers pass are quoted in messages
+    // Names that callers pass are quoted in messages, perhaps cut inside a character: one line of ASCII suits every reader.
+    if (*c == '\n' || *c == '\r') *c = ' ';
+    if (*c < 0x20 || *c > 0x7e) *c = '?';
   }
   return {code, text};
 }
