@@ -47,6 +47,10 @@ class Tensor(ctypes.Structure):
     ]
 
 
+class TensorStorage(ctypes.Structure):
+    _fields_ = [("tensor", Tensor), ("shape", c_int64 * 4), ("strides", c_int64 * 4)]
+
+
 class Problem(ctypes.Structure):
     _fields_ = [
         *[(name, c_uint32) for name in ("struct_size", "flags")],
@@ -135,7 +139,8 @@ class MergeArgs(ctypes.Structure):
 
 # C name -> mirror
 STRUCTS = {
-    **{"mla_device": Device, "mla_data_type": DataType, "mla_tensor": Tensor, "mla_problem": Problem},
+    **{"mla_device": Device, "mla_data_type": DataType, "mla_tensor": Tensor},
+    **{"mla_tensor_storage": TensorStorage, "mla_problem": Problem},
     **{"mla_backend_info": BackendInfo, "mla_context_options": ContextOptions, "mla_plan_info": PlanInfo},
     **{"mla_schedule_args": ScheduleArgs, "mla_decode_args": DecodeArgs, "mla_merge_args": MergeArgs},
 }
@@ -174,6 +179,11 @@ def library() -> ctypes.CDLL:
     lib.mla_context_destroy.restype = lib.mla_plan_destroy.restype = None
     lib.mla_last_error.restype = c_char_p
     lib.mla_version.restype = c_int32
+    lib.mla_tensor_init.restype = POINTER(Tensor)
+    lib.mla_tensor_init.argtypes = [
+        *(POINTER(TensorStorage), c_void_p, c_int32, c_int32, c_int32, c_int32),
+        *(POINTER(c_int64), POINTER(c_int64)),
+    ]
     lib.mla_status_string.argtypes, lib.mla_status_string.restype = [c_int32], c_char_p
     return lib
 

@@ -38,9 +38,10 @@ def test_sizes_and_offsets(tmp_path: Path) -> None:
 
 def test_every_field_is_mirrored() -> None:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
+    assert set(re.findall(r"typedef struct (\w+) \{", text)) == set(abi.STRUCTS)
     for name, mirror in abi.STRUCTS.items():
         body = re.search(rf"typedef struct {name} \{{(.*?)\}} {name};", text, re.S).group(1)
-        in_header = [re.search(r"(\w+)$", part.strip()).group(1) for part in re.split("[;,]", body) if part.strip()]
+        in_header = re.findall(r"(\w+)(?:\[\d+\])?\s*[;,]", body)
         assert in_header == [field for field, *_ in mirror._fields_], name
 
 

@@ -85,7 +85,7 @@ def expect(case: Case, inputs: Inputs, *, exact: bool = False) -> Expected:
     arguments = {name: None if value is None else reference.to_numpy(value) for name, value in inputs.tensors().items()}
     queries, kv, sink = arguments["q"], arguments["kv_cache"], arguments["sink"]
     scale = problem.softmax_scale or problem.head_dim**-0.5
-    keywords = {
+    keywords: dict[str, Any] = {
         "cu_seqlens_q": arguments["cu_seqlens_q"],
         "causal": problem.causal,
         "q_rope": arguments["q_rope"],
@@ -184,8 +184,8 @@ class Memory:
     """A layout: axes from the outermost in memory to the innermost, elements left free after the extent of each axis (by axis),
     and the stride of the innermost axis."""
 
-    order: Sequence[int]
-    gaps: Sequence[int]
+    order: tuple[int, ...]
+    gaps: tuple[int, ...]
     step: int = 1
 
 
@@ -224,7 +224,7 @@ class Case:
         fields = json.loads(text)
         for name in ("lengths", "q_lens"):
             fields[name] = tuple(fields.get(name, ()))
-        fields["memory"] = {name: Memory(**memory) for name, memory in fields.get("memory", {}).items()}
+        fields["memory"] = {name: Memory(tuple(memory["order"]), tuple(memory["gaps"]), memory["step"]) for name, memory in fields.get("memory", {}).items()}
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -357,7 +357,7 @@ def make_inputs(case: Case, framework: str = "numpy", device: str = "cpu") -> In
         cu_seqlens_q = np.cumsum([0, *case.q_lens]).astype(np.int32)
 
     def place(name: str, shape: tuple[int, ...], dtype: Any, fill: Any) -> Any:
-        return _strided(shape, dtype, case.memory.get(name) or Memory(range(len(shape)), (0,) * len(shape)), fill)
+        return _strided(shape, dtype, case.memory.get(name) or Memory(tuple(range(len(shape))), (0,) * len(shape)), fill)
 
     # With the default softmax_scale, products of standard normal rows have deviation 1.
     queries = (case.spread * rng.standard_normal((*rows, problem.head_dim), np.float32)).astype(q_dtype)
