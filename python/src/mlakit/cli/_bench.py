@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from typing import Any
 
@@ -19,9 +20,8 @@ def run(problems: list[str], device: str, backend: str | None, threads: int, rou
         raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
     problems = [str(mlakit.Problem.parse(text)) for text in problems]  # refuses nonsense before anything is measured
     if device == "cuda":
-        from mlakit.bench import gpu
-
-        return gpu.main(problems, rounds=rounds, as_json=as_json)
+        gpu: Any = importlib.import_module("mlakit.bench.gpu")  # needs torch, so it is typed loosely
+        return bool(gpu.main(problems, rounds=rounds, as_json=as_json))
     from mlakit.bench import cpu, roofs
 
     context = mlakit.Context(backend, threads)
