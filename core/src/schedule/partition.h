@@ -35,9 +35,17 @@ struct Config {
   MLA_HD constexpr int32_t blocks(int64_t len_tokens) const {
     return static_cast<int32_t>((len_tokens + block_tokens - 1) / block_tokens);
   }
+  // The same in 32 bits, which costs a kernel a few registers instead of many.
+  MLA_HD constexpr int32_t blocks(int32_t len_tokens) const {
+    return static_cast<int32_t>((static_cast<uint32_t>(len_tokens) + block_tokens - 1) / static_cast<uint32_t>(block_tokens));
+  }
   MLA_HD constexpr int64_t row_groups(int64_t q_tokens) const { return (q_tokens * heads_per_kv_head + item_rows - 1) / item_rows; }
   // Item i of a request is row group i / kv_heads of kv head i % kv_heads.
   MLA_HD constexpr int64_t items(int64_t q_tokens) const { return row_groups(q_tokens) * kv_heads; }
+  // item < items(q_tokens), without its division in 64 bits.
+  MLA_HD constexpr bool has_item(int32_t item, int64_t q_tokens) const {
+    return int64_t{item / kv_heads} * item_rows < q_tokens * heads_per_kv_head;
+  }
   MLA_HD constexpr int64_t item_cost(int64_t len_tokens) const { return blocks(len_tokens) + overhead_blocks; }
   MLA_HD constexpr int64_t request_cost(int64_t len_tokens, int64_t q_tokens) const { return items(q_tokens) * item_cost(len_tokens); }
   // Chunks, each with a slot, that an item leaves behind; 0 when it is computed whole. fixed_chunk only.

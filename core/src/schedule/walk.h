@@ -11,8 +11,7 @@ MLA_HD void for_each_piece(const Config& c, const ConstView& view, int32_t part,
   Boundary at = view.boundary()[part];
   const Boundary end = view.boundary()[part + 1];
   while (is_before(at, end)) {
-    const int32_t item_count = static_cast<int32_t>(c.items(view.q_tokens(at.request)));
-    if (at.item >= item_count) {
+    if (!c.has_item(at.item, view.q_tokens(at.request))) {
       at = {at.request + 1, 0, 0, 0};
       continue;
     }

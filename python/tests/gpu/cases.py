@@ -1,0 +1,145 @@
+"""Random batches on the device, hostile where a caller may be: garbage after a table's used part, NaN in every unused slot, poisoned
+outputs. And the answer in double precision, row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import torch
+
+import cabi
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GARBAGE_PAGES = (-1, 2**31 - 1, -(2**31), 123456789)
+
+
+@dataclasses.dataclass
+class Case:
+    lengths: list[int]
+    q_lens: list[int]  # of each request; all the same unless ragged
+    q_heads: int
+    kv_heads: int = 1
+    page_size: int = 64
+    head_dim: int = 576
+    dtype: str = "bf16"
+    is_causal: bool = False
+    is_ragged: bool = False
+    flags: str = ""  # further parts of the problem string
+    seed: int = 0
+    scale: float = 1.0  # of q: larger makes the softmax sharper
+
+    @property
+    def problem(self) -> str:
+        causal = ":causal" if self.is_causal else ""
+        ragged = f":ragged:t{max(sum(self.q_lens), 1)}" if self.is_ragged else ""
+        return (
+            f"dense:{self.dtype}:b{len(self.lengths)}:q{max(self.q_lens)}:h{self.q_heads}:k{self.kv_heads}:d{self.head_dim}:v512"
+            f":p{self.page_size}:l{max(max(self.lengths), 1)}{causal}{ragged}{self.flags}:cuda0"
+        )
+
+
+class Batch:
+    """The tensors of a case."""
+
+    def __init__(self, case: Case, spare_pages: int = 3) -> None:
+        self.case = case
+        g = torch.Generator(device="cuda").manual_seed(case.seed)
+        rng = random.Random(case.seed)
+        dtype = DTYPES[case.dtype]
+        pages_of = [-(-n // case.page_size) for n in case.lengths]
+        pages = sum(pages_of) + spare_pages
+        kv = torch.empty(pages, case.page_size, case.kv_heads, case.head_dim, dtype=dtype, device="cuda")
+        kv.normal_(generator=g)
+        ids = torch.randperm(pages, generator=g, device="cuda").int()
+        width = max(max(pages_of), 1) + 2
+        table = torch.tensor([[rng.choice(GARBAGE_PAGES) for _ in range(width)] for _ in case.lengths], dtype=torch.int32, device="cuda")
+        used = 0
+        self.page_lists = []
+        for i, n in enumerate(pages_of):
+            mine = ids[used : used + n]
+            table[i, :n] = mine
+            self.page_lists.append(mine.long())
+            if n and case.lengths[i] % case.page_size:
+                kv[mine[-1].long(), case.lengths[i] % case.page_size :] = float("nan")
+            used += n
+        kv[ids[used:].long()] = float("nan")
+        tokens = sum(case.q_lens)
+        shape = (tokens, case.q_heads) if case.is_ragged else (len(case.lengths), case.q_lens[0], case.q_heads)
+        self.q = (torch.randn(*shape, case.head_dim, generator=g, device="cuda") * case.scale).to(dtype)
+        self.kv, self.table = kv, table
+        self.lengths = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
+        self.cu_seqlens_q = None
+        if case.is_ragged:
+            self.cu_seqlens_q = torch.tensor([sum(case.q_lens[:i]) for i in range(len(case.q_lens) + 1)], dtype=torch.int32, device="cuda")
+        self.out = torch.full((*shape, 512), float("nan"), dtype=torch.float32 if "outfp32" in case.flags else dtype, device="cuda")
+        self.lse = torch.full(shape, float("nan"), device="cuda")
+
+    def q_of(self, i: int) -> slice | int:
+        """Where request i lies in the first dimension of q, out, lse."""
+        if not self.case.is_ragged:
+            return i
+        first = sum(self.case.q_lens[:i])
+        return slice(first, first + self.case.q_lens[i])
+
+    def run(self, plan: cabi.Plan | None = None, **changes: Any) -> cabi.Plan:
+        plan = plan or cabi.Plan(self.case.problem)
+        plan.schedule(self.lengths, self.cu_seqlens_q)
+        tensors = dict(q=self.q, kv_cache=self.kv, block_table=self.table, out=self.out, lse=self.lse)
+        plan.decode(**{**tensors, **changes})
+        return plan
+
+    def reference(self, i: int, softmax_scale: float | None = None, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) of request i in double precision: [q_len, heads, 512], [q_len, heads]."""
+        c = self.case
+        n, q_len, group = c.lengths[i], c.q_lens[i], c.q_heads // c.kv_heads
+        q = self.q[self.q_of(i)].double().view(q_len, c.kv_heads, group, c.head_dim)
+        kv = self.kv[self.page_lists[i]].view(-1, c.kv_heads, c.head_dim)[:n].double()
+        s = torch.einsum("tkgd,nkd->tkgn", q, kv) * (softmax_scale or c.head_dim**-0.5)
+        if c.is_causal:
+            hidden = torch.arange(n, device="cuda")[None, :] > torch.arange(q_len, device="cuda")[:, None] + n - q_len
+            s.masked_fill_(hidden[:, None, None, :], -torch.inf)
+        lse = torch.logsumexp(s, -1) if n else torch.full(s.shape[:-1], -torch.inf, dtype=torch.double, device="cuda")
+        p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+        out = torch.einsum("tkgn,nkd->tkgd", p, kv[..., :512])
+        lse, out = lse.reshape(q_len, c.q_heads), out.reshape(q_len, c.q_heads, 512)
+        if sink is not None:
+            out = out / (1 + torch.exp(sink.double() - lse))[..., None].nan_to_num(posinf=torch.inf)
+            out = torch.where((lse == -torch.inf)[..., None], 0.0, out)
+        return out, lse
+
+    def check(self, is_base2: bool = False, **how: Any) -> float:
+        """Every row of every request; returns the largest relative error of a row."""
+        worst = 0.0
+        for i in range(len(self.case.lengths)):
+            if self.case.q_lens[i] == 0:
+                continue
+            out, lse = self.reference(i, **how)
+            worst = max(worst, check_rows(self.out[self.q_of(i)], self.lse[self.q_of(i)] * (0.6931471805599453 if is_base2 else 1), out, lse, self.case, i))
+        return worst
+
+
+# An output element is a mean of values of order one with weights rounded to the input type; its own rounding is half a unit in the last
+# place. Measured on random data a row's relative error is 1e-3 to 3e-3 for bf16 and 3e-4 for fp16.
+ROW_TOLERANCE = {"bf16": 6e-3, "fp16": 1e-3}
+# A score is a sum of 576 exact products in fp32, scaled; the sum of exponentials is in fp32 too.
+LSE_TOLERANCE = 2e-4
+
+
+def check_rows(got: torch.Tensor, got_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, case: Case, i: int) -> float:
+    where = f"request {i} of {case}"
+    empty = lse == -torch.inf
+    assert torch.equal(got_lse == -torch.inf, empty), f"{where}: rows with lse -inf differ"
+    assert (got[empty] == 0).all(), f"{where}: empty rows are not 0"
+    error = (got.double() - out).norm(dim=-1) / out.norm(dim=-1).clamp_min(1e-30)
+    error = torch.where(empty, 0.0, error)
+    lse_error = torch.where(empty, 0.0, (got_lse.double() - lse).abs())
+    bad = ~(error <= ROW_TOLERANCE[case.dtype]) | ~(lse_error <= LSE_TOLERANCE * lse.abs().clamp_min(1.0))
+    if bad.any():
+        t, h = (int(x) for x in bad.nonzero()[0])
+        raise AssertionError(
+            f"{where}: {int(bad.sum())} of {bad.numel()} rows, first token {t} head {h}: error {error[t, h]:.2e}, "
+            f"lse {got_lse[t, h]:.6f} for {lse[t, h]:.6f}; out[:4] {got[t, h, :4].tolist()} for {out[t, h, :4].tolist()}"
+        )
+    return float(error.max()) if error.numel() else 0.0
