@@ -1,5 +1,4 @@
 // Every CPU backend that this machine can run, by name, against attention in double; and what must not change a bit of the result.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <atomic>
@@ -78,8 +77,12 @@ TEST_CASE("every machine runs at least the scalar backend") {
   CHECK(has_scalar);
 }
 
+TEST_CASE("a few random problems match attention in double") {  // the emulated old machine runs these
+  for (uint32_t seed = 1; seed <= 30; ++seed) check_all_backends(random_spec(seed));
+}
+
 TEST_CASE("random problems match attention in double, row by row") {
-  for (uint32_t seed = 1; seed <= 1000; ++seed) check_all_backends(random_spec(seed));
+  for (uint32_t seed = 31; seed <= 500; ++seed) check_all_backends(random_spec(seed));
 }
 
 TEST_CASE("the shapes of models match attention in double") {

@@ -7,10 +7,9 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <sstream>
 #include <stdexcept>
 
-#include "cpu/cpu_backends.h"
-#include "workspace.h"
 
 namespace mla::test {
 
@@ -90,18 +89,19 @@ double Case::Tensor::get(int64_t index) const {
 
 std::string Spec::describe() const {
   const char* names[] = {"", "bf16", "fp16", "fp32"};
-  std::string s = std::string("q ") + names[static_cast<int>(q_dtype)] + " kv " + names[static_cast<int>(kv_dtype)] + " out " +
-                  names[static_cast<int>(out_dtype)] + " heads " + std::to_string(q_heads) + "/" + std::to_string(kv_heads) + " dims " +
-                  std::to_string(head_dim) + "/" + std::to_string(value_dim) + " page " + std::to_string(page_size) + " lengths";
-  for (int32_t n : lengths) s += " " + std::to_string(n);
-  s += " q_lens";
-  for (int32_t n : q_lens) s += " " + std::to_string(n);
+  std::ostringstream s;
+  s << "q " << names[static_cast<int>(q_dtype)] << " kv " << names[static_cast<int>(kv_dtype)] << " out " << names[static_cast<int>(out_dtype)]
+    << " heads " << q_heads << "/" << kv_heads << " dims " << head_dim << "/" << value_dim << " page " << page_size << " lengths";
+  for (int32_t n : lengths) s << " " << n;
+  s << " q_lens";
+  for (int32_t n : q_lens) s << " " << n;
   for (const auto& [flag, name] : {std::pair{is_causal, "causal"}, {is_ragged, "ragged"}, {is_lse_base2, "lse2"}, {has_sink, "sink"},
                                    {has_q_views, "q views"}, {has_kv_views, "kv views"}, {is_strided, "strided"}}) {
-    if (flag) s += std::string(" ") + name;
+    if (flag) s << " " << name;
   }
-  if (split_policy == SplitPolicy::kFixedChunk) s += " chunk " + std::to_string(chunk_tokens);
-  return s + " seed " + std::to_string(seed);
+  if (split_policy == SplitPolicy::kFixedChunk) s << " chunk " << chunk_tokens;
+  s << " seed " << seed;
+  return s.str();
 }
 
 Problem Case::problem() const {

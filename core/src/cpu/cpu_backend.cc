@@ -12,7 +12,8 @@
 #include "cpu/kernel.h"
 #include "cpu/thread_pool.h"
 #include "math/online_softmax.h"
-#include "schedule/build.h"
+#include "schedule/host_schedule.h"
+#include "schedule/slots.h"
 #include "schedule/walk.h"
 #include "workspace.h"
 
@@ -65,14 +66,14 @@ LaneScratch take_lane(Workspace& workspace, const Plan& plan, const CpuPlan& cpu
   const size_t rows = round_up(plan.config.item_rows, cpu_plan.kernel->lanes);
   const size_t tokens = cpu::kBlockTokens + cpu::kMaxTile;
   LaneScratch w{};
-  w.row_stride = spread_stride(p.head_dim + 15);  // the rope columns of two views are written in whole vectors, wherever they begin
+  w.value_stride = spread_stride(p.head_dim + 15);  // the rope columns of two views are written in whole vectors, wherever they begin
   w.out_stride = spread_stride(p.value_dim);
   w.q = workspace.take<uint32_t>(rows * p.head_dim, kLane);
   w.scores = workspace.take<float>(tokens * rows, kLane);
   w.weights = workspace.take<uint32_t>(tokens * rows);
-  w.values = workspace.take<uint32_t>(static_cast<size_t>(cpu::kBlockTokens) * w.row_stride);
+  w.values = workspace.take<uint32_t>(static_cast<size_t>(cpu::kBlockTokens) * w.value_stride);
   w.out = workspace.take<float>((rows + cpu::kMaxTile) * w.out_stride);
-  w.row = workspace.take<float>(w.row_stride);
+  w.row = workspace.take<float>(w.value_stride);
   w.row_max = workspace.take<float>(rows);
   w.row_sum = workspace.take<float>(rows);
   w.rescale = workspace.take<float>(rows);
@@ -121,18 +122,12 @@ Status make_plan(Plan& plan) {
   c.heads_per_kv_head = p.heads_per_kv_head();
   c.kv_heads = p.kv_heads;
   c.overhead_blocks = 1;
+  c.parts = 1;
   const int64_t items = c.items(p.q_len);
   const int64_t blocks = ceil_div(p.max_tokens, c.block_tokens) + p.max_batch;  // the last block of a request may be short
-  c.parts = static_cast<int32_t>(std::clamp<int64_t>(ceil_div(items * blocks, kBlocksOfPart), 1, kMaxParts));
-  if (p.split_policy == SplitPolicy::kFixedChunk) {
-    c.chunk_blocks = p.chunk_tokens / c.block_tokens;
-    // A request is cut only if it is longer than a chunk, so at most max_tokens / chunk_tokens requests are, each into one chunk more than
-    // its length has whole chunks.
-    const int64_t whole_chunks = p.max_tokens / p.chunk_tokens;
-    c.slots = items * (whole_chunks + std::min<int64_t>(p.max_batch, whole_chunks));
-  } else {
-    c.slots = 2 * static_cast<int64_t>(c.parts);
-  }
+  while (c.parts < kMaxParts && c.parts * 2 * kBlocksOfPart <= items * blocks) c.parts *= 2;
+  if (p.split_policy == SplitPolicy::kFixedChunk) c.chunk_blocks = p.chunk_tokens / c.block_tokens;
+  c.slots = schedule::slots_needed(c, p);
 
   plan.variant = std::string(math_name(cpu_plan->math, p.kv_dtype)) + ", " + std::to_string(item_rows) + " rows";
   Workspace workspace;
@@ -140,16 +135,6 @@ Status make_plan(Plan& plan) {
   for (int32_t lane = 0; lane < cpu_plan->lanes; ++lane) take_lane(workspace, plan, *cpu_plan);
   plan.scratch_bytes = workspace.bytes();
   plan.state = std::move(cpu_plan);
-  return Status::ok();
-}
-
-Status make_schedule(const Plan& plan, const ScheduleCall& call, void*) {
-  const int64_t q_len = plan.problem.q_len;
-  const auto len = [&](int32_t r) { return call.cache_seqlens.data[r * call.cache_seqlens.stride]; };
-  const auto q_begin = [&](int32_t r) {
-    return call.cu_seqlens_q.data == nullptr ? static_cast<int32_t>(r * q_len) : call.cu_seqlens_q.data[r * call.cu_seqlens_q.stride];
-  };
-  schedule::build(plan.config, schedule::View(call.schedule, plan.layout()), call.batch, len, q_begin);
   return Status::ok();
 }
 
@@ -443,7 +428,7 @@ std::string always_available() { return ""; }
 
 template <const Kernel* kKernel>
 constexpr Backend make_backend(const char* name, std::string (*why_unavailable)()) {
-  return {name, DeviceType::kCpu, why_unavailable, why_unsupported, make_plan<kKernel>, make_schedule, decode, merge<kKernel>};
+  return {name, DeviceType::kCpu, why_unavailable, why_unsupported, make_plan<kKernel>, schedule::schedule_on_host, decode, merge<kKernel>};
 }
 
 }  // namespace

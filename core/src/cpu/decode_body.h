@@ -106,9 +106,18 @@ struct Keys {
   int32_t words[2];
 };
 
+// A block that is about to be read, in cache lines. A tile fetches the rows of its own keys' places as it goes, so that the misses are
+// spread over the whole product.
+struct Ahead {
+  const char* row[2][kBlockTokens];
+  int32_t lines[2];  // 0: nothing to fetch
+};
+constexpr int kLineBytes = 64;
+constexpr int kLineWords = kLineBytes / 4;
+
 // scores[t][lane] = scale * sum over words of K[t][word] * Q[word][lane], for kTileA keys and NV vectors of rows.
 template <class S, class M, int NV>
-void score_tile(const Keys& keys, int first, int last, const uint32_t* q, float scale, float* scores, int64_t stride) {
+void score_tile(const Keys& keys, int first, int last, const Ahead* ahead, const uint32_t* q, float scale, float* scores, int64_t stride) {
   using V = typename S::V;
   V acc[S::kTileA][NV];
 #pragma GCC unroll 8
@@ -120,16 +129,23 @@ void score_tile(const Keys& keys, int first, int last, const uint32_t* q, float 
 #pragma GCC unroll 8
     for (int t = 0; t < S::kTileA; ++t) row[t] = keys.row[view][first + t < last ? first + t : last - 1];
     const int64_t words = keys.words[view];
-    for (int64_t k = 0; k < words; ++k) {
-      V b[NV];
-#pragma GCC unroll 3
-      for (int v = 0; v < NV; ++v) b[v] = S::load(q + v * S::kLanes);
-      q += NV * S::kLanes;
+    const int64_t lines = ahead == nullptr ? 0 : ahead->lines[view];
+    for (int64_t k = 0, line = 0; k < words; ++line) {
+      if (line < lines) {
 #pragma GCC unroll 8
-      for (int t = 0; t < S::kTileA; ++t) {
-        const V a = S::broadcast(row[t] + 4 * k);
+        for (int t = 0; t < S::kTileA; ++t) __builtin_prefetch(ahead->row[view][min_int(first + t, kBlockTokens - 1)] + line * kLineBytes, 0, 2);
+      }
+      for (const int64_t end = k + kLineWords < words ? k + kLineWords : words; k < end; ++k) {
+        V b[NV];
 #pragma GCC unroll 3
-        for (int v = 0; v < NV; ++v) acc[t][v] = M::mac(acc[t][v], a, b[v]);
+        for (int v = 0; v < NV; ++v) b[v] = S::load(q + v * S::kLanes);
+        q += NV * S::kLanes;
+#pragma GCC unroll 8
+        for (int t = 0; t < S::kTileA; ++t) {
+          const V a = S::broadcast(row[t] + 4 * k);
+#pragma GCC unroll 3
+          for (int v = 0; v < NV; ++v) acc[t][v] = M::mac(acc[t][v], a, b[v]);
+        }
       }
     }
   }
@@ -194,11 +210,12 @@ void value_tile(const ValueArgs& a) {
 
 // Turns the run-time sizes of an edge tile into the compile-time sizes of a tile.
 template <class S, class M, int NV = S::kTileB>
-void score_tile_of(int vectors, const Keys& keys, int first, int last, const uint32_t* q, float scale, float* scores, int64_t stride) {
+void score_tile_of(int vectors, const Keys& keys, int first, int last, const Ahead* ahead, const uint32_t* q, float scale, float* scores,
+                   int64_t stride) {
   if constexpr (NV > 1) {
-    if (vectors < NV) return score_tile_of<S, M, NV - 1>(vectors, keys, first, last, q, scale, scores, stride);
+    if (vectors < NV) return score_tile_of<S, M, NV - 1>(vectors, keys, first, last, ahead, q, scale, scores, stride);
   }
-  score_tile<S, M, NV>(keys, first, last, q, scale, scores, stride);
+  score_tile<S, M, NV>(keys, first, last, ahead, q, scale, scores, stride);
 }
 
 template <class S, class M, int NR = S::kTileA, int NV = S::kTileB>
@@ -331,34 +348,53 @@ inline void find_keys(const AttendArgs& a, int64_t first_token, int32_t n, Keys&
   }
 }
 
+// What to fetch of the block from first_token on; rows past its end repeat the last one.
+inline void look_ahead(const AttendArgs& a, int64_t first_token, int32_t n, Ahead& ahead) {
+  ahead.lines[0] = ahead.lines[1] = 0;
+  if (n <= 0) return;
+  Keys keys;
+  find_keys(a, first_token, n, keys);
+  const bool has_rope = a.kv_columns < a.head_dim;
+  for (int view = 0; view < (has_rope ? 2 : 1); ++view) {
+    const int32_t columns = view == 0 ? a.kv_columns : a.head_dim - a.kv_columns;
+    ahead.lines[view] = (columns * elem_bytes(a.kv_elem) + kLineBytes - 1) / kLineBytes;
+    for (int32_t t = 0; t < kBlockTokens; ++t) ahead.row[view][t] = keys.row[view][t < n ? t : n - 1];
+  }
+}
+
+inline void fetch_now(const Ahead& ahead) {
+  for (int view = 0; view < 2; ++view) {
+    for (int32_t t = 0; ahead.lines[view] > 0 && t < kBlockTokens; ++t) {
+      for (int32_t line = 0; line < ahead.lines[view]; ++line) __builtin_prefetch(ahead.row[view][t] + line * kLineBytes, 0, 2);
+    }
+  }
+}
+
 // The block as fp32 rows, which serve both products; keys then point at them.
 template <class S>
 void convert_block(const AttendArgs& a, const LaneScratch& w, int32_t n, Keys& keys) {
   const int32_t rope_columns = a.head_dim - a.kv_columns;
   for (int32_t t = 0; t < n; ++t) {
-    float* row = reinterpret_cast<float*>(w.values) + static_cast<int64_t>(t) * w.row_stride;
+    float* row = reinterpret_cast<float*>(w.values) + static_cast<int64_t>(t) * w.value_stride;
     load_row<S>(row, keys.row[0][t], a.kv_elem, a.kv_columns);
     if (rope_columns > 0) load_row<S>(row + a.kv_columns, keys.row[1][t], a.kv_elem, rope_columns);
     keys.row[0][t] = reinterpret_cast<const char*>(row);
   }
 }
 
-// The values of a block as pairs of neighbouring keys: words [strip][pair][lanes of the strip].
+// The values of a block as pairs of neighbouring keys: words [pair][value_stride].
 template <class S>
 void pack_values(const AttendArgs& a, const LaneScratch& w, int32_t n, const Keys& keys) {
   static_assert(S::kLanes == 16);
-  const int32_t vectors = (a.value_dim + 15) / 16;
   for (int32_t t = 0; t < n; t += 2) {
     const char* low = keys.row[0][t];
     const char* high = t + 1 < n ? keys.row[0][t + 1] : nullptr;
-    for (int32_t v = 0; v < vectors; v += 2) {
-      typename S::V words[2];
-      S::interleave(low + v * 32, high == nullptr ? nullptr : high + v * 32, a.value_dim - v * 16, &words[0], &words[1]);
-      for (int i = 0; i < 2 && v + i < vectors; ++i) {
-        const int32_t strip = (v + i) / S::kTileB * S::kTileB;
-        const int32_t strip_lanes = min_int(S::kTileB, vectors - strip) * 16;
-        S::store(w.values + strip * 16 * (kBlockTokens / 2) + t / 2 * strip_lanes + (v + i - strip) * 16, words[i]);
-      }
+    uint32_t* words = w.values + static_cast<int64_t>(t / 2) * w.value_stride;
+    for (int32_t c = 0; c < a.value_dim; c += 32) {
+      typename S::V first, second;
+      S::interleave(low + c * 2, high == nullptr ? nullptr : high + c * 2, a.value_dim - c, &first, &second);
+      S::store(words + c, first);
+      S::store(words + c + 16, second);
     }
   }
 }
@@ -366,12 +402,12 @@ void pack_values(const AttendArgs& a, const LaneScratch& w, int32_t n, const Key
 // ---------------------------------------------------------------- attend --------------------------------------------------------------
 
 template <class S, class M>
-void score_block(const LaneScratch& w, const Keys& keys, int32_t n, int32_t padded_rows, float scale) {
+void score_block(const LaneScratch& w, const Keys& keys, int32_t n, const Ahead& ahead, int32_t padded_rows, float scale) {
   const int32_t vectors = padded_rows / S::kLanes;
   const int64_t words = keys.words[0] + keys.words[1];
   for (int32_t t = 0; t < n; t += S::kTileA) {
     for (int32_t v = 0; v < vectors; v += S::kTileB) {
-      score_tile_of<S, M>(min_int(S::kTileB, vectors - v), keys, t, n, w.q + v * S::kLanes * words, scale,
+      score_tile_of<S, M>(min_int(S::kTileB, vectors - v), keys, t, n, v == 0 ? &ahead : nullptr, w.q + v * S::kLanes * words, scale,
                           w.scores + t * padded_rows + v * S::kLanes, padded_rows);
     }
   }
@@ -383,17 +419,12 @@ void add_values(const AttendArgs& a, const LaneScratch& w, int32_t n, int32_t pa
   ValueArgs tile{};
   tile.weights_stride = padded_rows;
   tile.steps = (n + M::kPair - 1) / M::kPair;
+  tile.values_stride = w.value_stride;
   tile.out_stride = w.out_stride;
   tile.before = before;
   for (int32_t v = 0; v < vectors; v += S::kTileB) {
     const int32_t strip_vectors = min_int(S::kTileB, vectors - v);
-    if constexpr (M::kPair == 2) {
-      tile.values = w.values + v * S::kLanes * (kBlockTokens / 2);
-      tile.values_stride = strip_vectors * S::kLanes;
-    } else {
-      tile.values = w.values + v * S::kLanes;
-      tile.values_stride = w.row_stride;
-    }
+    tile.values = w.values + v * S::kLanes;
     for (int32_t r = 0; r < a.rows; r += S::kTileA) {
       tile.weights = w.weights + r;
       tile.out = w.out + static_cast<int64_t>(r) * w.out_stride + v * S::kLanes;
@@ -419,7 +450,6 @@ inline void set_limits(const AttendArgs& a, const LaneScratch& w, int64_t first_
 template <class S, class M>
 void attend_in(const AttendArgs& a, const LaneScratch& w) {
   const int32_t padded_rows = round_up(a.rows, S::kLanes);
-  pack_q<S, M>(a, w, padded_rows, a.head_dim / M::kPair);
   for (int32_t r = 0; r < padded_rows; ++r) {
     w.row_max[r] = kMinusInf;
     w.row_sum[r] = 0.0f;
@@ -431,6 +461,10 @@ void attend_in(const AttendArgs& a, const LaneScratch& w) {
     if (end > last_visible) end = last_visible;
   }
   Keys keys;
+  Ahead ahead;
+  look_ahead(a, a.begin_token, min_int(kBlockTokens, end - a.begin_token), ahead);
+  fetch_now(ahead);
+  pack_q<S, M>(a, w, padded_rows, a.head_dim / M::kPair);
   Before before = Before::kNothing;
   for (int64_t first = a.begin_token; first < end; first += kBlockTokens) {
     const int32_t n = min_int(kBlockTokens, end - first);
@@ -444,7 +478,8 @@ void attend_in(const AttendArgs& a, const LaneScratch& w) {
       keys.words[0] = a.head_dim;
       keys.words[1] = 0;
     }
-    score_block<S, M>(w, keys, n, padded_rows, a.scale_log2e);
+    look_ahead(a, first + kBlockTokens, min_int(kBlockTokens, end - first - kBlockTokens), ahead);
+    score_block<S, M>(w, keys, n, ahead, padded_rows, a.scale_log2e);
     Mask mask = Mask::kNone;
     if (a.is_causal && first + n > first_visible) {
       mask = Mask::kRowLimits;

@@ -57,15 +57,15 @@ struct LaneScratch {
   uint32_t* q;       // words [strip][head_dim words][lanes of the strip]
   float* scores;     // [kBlockTokens][padded rows]
   uint32_t* weights; // words [kBlockTokens words][padded rows]
-  uint32_t* values;  // fp32: the block's rows [kBlockTokens][row_stride]; bf16 pairs: [strip][kBlockTokens / 2][lanes of the strip]
+  uint32_t* values;  // fp32: the block's rows [kBlockTokens][value_stride]; bf16: its pairs of keys [kBlockTokens / 2][value_stride]
   float* out;        // [padded rows][out_stride]
-  float* row;        // one row: row_stride
+  float* row;        // one row: head_dim words, and 15 more
   float* row_max;    // [padded rows] each
   float* row_sum;
   float* rescale;
   int32_t* limit;
   int32_t padded_rows;  // a multiple of lanes
-  int32_t row_stride;   // words
+  int32_t value_stride; // words
   int32_t out_stride;   // floats
 };
 
