@@ -72,18 +72,15 @@ inline std::string to_string(const mla_problem& problem) {
 // A view of memory that stays the caller's, with 1 to 4 dimensions. May be copied.
 class Tensor {
  public:
-  // strides in elements; {}: compact, row major.
-  Tensor(void* data, int32_t dtype, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides = {},
+  // strides in elements; {}: compact, row major. The memory is written only if the tensor is given as a result.
+  Tensor(const void* data, int32_t dtype, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides = {},
          mla_device device = {MLA_DEVICE_CPU, 0}) {
     if (strides.size() != 0 && strides.size() != shape.size()) throw Error(MLA_INVALID_ARGUMENT, "strides: must be as many as the sizes of shape");
-    const mla_tensor* made = mla_tensor_init(&storage_, data, dtype, device.device_type, device.device_id, static_cast<int32_t>(shape.size()),
-                                             shape.begin(), strides.size() != 0 ? strides.begin() : nullptr);
+    const mla_tensor* made =
+        mla_tensor_init(&storage_, const_cast<void*>(data), dtype, device.device_type, device.device_id, static_cast<int32_t>(shape.size()),
+                        shape.begin(), strides.size() != 0 ? strides.begin() : nullptr);
     if (made == nullptr) throw Error(MLA_INVALID_ARGUMENT, mla_last_error());
   }
-  // For tensors that are only read.
-  Tensor(const void* data, int32_t dtype, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides = {},
-         mla_device device = {MLA_DEVICE_CPU, 0})
-      : Tensor(const_cast<void*>(data), dtype, shape, strides, device) {}
 
   Tensor(const Tensor& other) : storage_(other.storage_) { point_at_own_arrays(); }
   Tensor& operator=(const Tensor& other) {
@@ -105,8 +102,8 @@ class Tensor {
 // An argument: a Tensor, a tensor of C or DLPack, or nothing.
 struct TensorRef {
   TensorRef() = default;
-  TensorRef(const Tensor& tensor) : tensor(tensor.get()) {}
-  TensorRef(const mla_tensor* tensor) : tensor(tensor) {}
+  TensorRef(const Tensor& view) : tensor(view.get()) {}
+  TensorRef(const mla_tensor* view) : tensor(view) {}
   const mla_tensor* tensor = nullptr;
 };
 
