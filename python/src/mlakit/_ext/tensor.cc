@@ -61,6 +61,16 @@ int code_of_ml_dtype(const char* name) {
   return -1;
 }
 
+// What a tensor type offers under DLPack's name for it; nullptr if nothing that we understand.
+const ExchangeApi* exchange_api_of(nb::handle type) {
+  nb::object capsule = nb::getattr(type, "__dlpack_c_exchange_api__", nb::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (api != nullptr && api->major > kDlpackMajor) api = api->previous;
+  const bool is_usable = api != nullptr && api->major == kDlpackMajor && api->tensor_from_object != nullptr;
+  return is_usable ? api : nullptr;
+}
+
 }  // namespace
 
 int32_t dtype_of(mla_data_type type) {
@@ -107,20 +117,17 @@ void* Tensor::current_stream() const {
 
 bool Tensor::from_exchange_api(nb::handle object) {
   // Call after call brings the same type: remember the last one. The reference keeps its address from being reused.
-  static PyTypeObject* last_type = nullptr;
+  static PyObject* last_type = nullptr;
   static const ExchangeApi* last_api = nullptr;
-  PyTypeObject* type = Py_TYPE(object.ptr());
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
   if (type != last_type) {
-    nb::object capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
-    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
-    auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (api != nullptr && api->major > kDlpackMajor) api = api->previous;
-    if (api == nullptr || api->major != kDlpackMajor || api->tensor_from_object == nullptr) return false;
-    Py_INCREF(reinterpret_cast<PyObject*>(type));
-    Py_XDECREF(reinterpret_cast<PyObject*>(last_type));
+    const ExchangeApi* api = exchange_api_of(type);
+    Py_INCREF(type);
+    Py_XDECREF(last_type);
     last_type = type;
     last_api = api;
   }
+  if (last_api == nullptr) return false;
   if (last_api->tensor_from_object(object.ptr(), &tensor_) != 0) throw nb::python_error();
   api_ = last_api;
   return true;
