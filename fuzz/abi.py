@@ -125,7 +125,7 @@ class DecodeArgs(ctypes.Structure):
         ("scratch", c_void_p),
         ("scratch_bytes", c_uint64),
         *[(name, POINTER(Tensor)) for name in ("kv_scale", "indices", "topk_length", "extra_kv_cache")],
-        *[(name, POINTER(Tensor)) for name in ("extra_block_table", "extra_seqlens", "tree_mask")],
+        *[(name, POINTER(Tensor)) for name in ("extra_block_table", "extra_seqlens", "tree_mask", "global_seqlens")],
     ]
 
 

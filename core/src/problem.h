@@ -44,9 +44,14 @@ struct Problem {
   MLA_HD constexpr int64_t rows(int64_t q_tokens) const { return q_tokens * heads_per_kv_head(); }
   MLA_HD constexpr int32_t rope_dim() const { return head_dim - value_dim; }
   MLA_HD constexpr int64_t max_pages() const { return ceil_div(max_len, page_size); }
-  // Keys that query token t of q_len may see in a request of len_tokens; may be negative (then: none).
-  MLA_HD constexpr int64_t visible_tokens(int64_t len_tokens, int64_t q_tokens, int64_t t) const {
-    return is_causal ? len_tokens - q_tokens + 1 + t : len_tokens;
+  // This rank's keys among the first n of a request: its key j is key j * cp_world + cp_rank of the request.
+  MLA_HD constexpr int64_t local_tokens(int64_t n) const { return n <= cp_rank ? 0 : ceil_div(n - cp_rank, cp_world); }
+  // Only a causal shard has to know how long its requests are on all ranks together.
+  MLA_HD constexpr bool needs_global_len() const { return is_causal && cp_world > 1; }
+  // Keys of this rank that query token t of q_tokens may see, of a request with len_tokens keys here and global_tokens on all ranks
+  // together. A row sees the first of them.
+  MLA_HD constexpr int64_t visible_tokens(int64_t len_tokens, int64_t global_tokens, int64_t q_tokens, int64_t t) const {
+    return is_causal ? local_tokens(global_tokens - q_tokens + 1 + t) : len_tokens;
   }
 };
 

@@ -55,6 +55,7 @@ struct DecodeCall {
   CacheView kv, kv_rope;
   TableView block_table;
   Int32View cache_seqlens;  // data = nullptr: not given
+  Int32View global_seqlens;  // data = nullptr unless Problem::needs_global_len()
   const float* sink;        // nullptr: none; contiguous [q_heads]
   RowView out;
   RowView lse;  // data = nullptr: not wanted; float

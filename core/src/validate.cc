@@ -52,7 +52,6 @@ Status check_has_backend(const mla_problem& in) {
   if (in.topk > 0) return unsupported("problem.topk: no backend takes index lists, use 0, got %d", in.topk);
   if ((in.flags & MLA_PROBLEM_TREE_MASK) != 0) return unsupported("problem.flags: no backend takes MLA_PROBLEM_TREE_MASK, leave it out");
   if ((in.flags & MLA_PROBLEM_EXTRA_SEGMENT) != 0) return unsupported("problem.flags: no backend takes MLA_PROBLEM_EXTRA_SEGMENT, leave it out");
-  if (in.cp_world > 1) return unsupported("problem.cp_world: no backend takes context parallel shards, use 1, got %d", in.cp_world);
   return Status::ok();
 }
 
@@ -375,7 +374,7 @@ Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, Schedul
 namespace {
 
 struct DecodeTensors {
-  TensorInfo q, q_rope, kv, kv_rope, block_table, cache_seqlens, sink, out, lse;
+  TensorInfo q, q_rope, kv, kv_rope, block_table, cache_seqlens, global_seqlens, sink, out, lse;
 };
 
 RowView row_view(const TensorInfo& t, bool is_ragged) {
@@ -449,6 +448,12 @@ Status check_decode_tensors(const Problem& p, const mla_decode_args& in, DecodeT
     const Dim lengths = {"batch", t.block_table.shape[0], "block_table"};
     MLA_RETURN_IF_ERROR(check_tensor(in.cache_seqlens, {"cache_seqlens", int32, place_of(p), LastDim::kFree, 1, {lengths}}, t.cache_seqlens));
   }
+  if (p.needs_global_len()) {
+    const Dim lengths = {"batch", t.block_table.shape[0], "block_table"};
+    MLA_RETURN_IF_ERROR(check_tensor(in.global_seqlens, {"global_seqlens", int32, place_of(p), LastDim::kFree, 1, {lengths}}, t.global_seqlens));
+  } else if (in.global_seqlens != nullptr) {
+    return invalid("global_seqlens: must be NULL unless the problem is causal with cp_world > 1, got a tensor");
+  }
   if (in.sink != nullptr) {
     const Dim heads = {"q_heads", p.q_heads, "problem"};
     MLA_RETURN_IF_ERROR(check_tensor(in.sink, {"sink", dtype_bit(DType::kFp32), place_of(p), LastDim::kContiguous, 1, {heads}}, t.sink));
@@ -502,6 +507,20 @@ Status check_schedule(const Plan& plan, const DecodeCall& call) {
   return Status::ok();
 }
 
+// Every request's length is this rank's share of its length on all ranks.
+Status check_global_lengths(const Plan& plan, const DecodeCall& call) {
+  const Problem& p = plan.problem;
+  const schedule::ConstView view(call.schedule, plan.layout());
+  for (int32_t r = 0; r < call.batch; ++r) {
+    const int32_t global_len = call.global_seqlens.data[r * call.global_seqlens.stride];
+    if (p.local_tokens(global_len) != view.len()[r]) {
+      return invalid("global_seqlens: rank %d of %d must have %lld of the %d tokens of request %d, got cache_seqlens[%d] = %d", p.cp_rank, p.cp_world,
+                     ll{p.local_tokens(global_len)}, global_len, r, r, view.len()[r]);
+    }
+  }
+  return Status::ok();
+}
+
 // The used part of a table in host memory.
 Status check_page_ids(const Plan& plan, const DecodeCall& call) {
   const schedule::ConstView view(call.schedule, plan.layout());
@@ -537,7 +556,7 @@ Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall&
   const TensorInfo schedule = raw_bytes("schedule", in.schedule, schedule_bytes);
   const TensorInfo scratch = raw_bytes("scratch", in.scratch, plan.scratch_bytes);
   const TensorInfo* const written[] = {&t.out, &t.lse, &scratch};
-  const TensorInfo* const read[] = {&t.q, &t.q_rope, &t.kv, &t.kv_rope, &t.block_table, &t.cache_seqlens, &t.sink, &schedule};
+  const TensorInfo* const read[] = {&t.q, &t.q_rope, &t.kv, &t.kv_rope, &t.block_table, &t.cache_seqlens, &t.global_seqlens, &t.sink, &schedule};
   MLA_RETURN_IF_ERROR(check_no_overlap(written, read));
 
   out.batch = static_cast<int32_t>(t.block_table.shape[0]);
@@ -548,6 +567,7 @@ Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall&
   out.kv_rope = cache_view(t.kv_rope);
   out.block_table = {reinterpret_cast<const int32_t*>(t.block_table.data), t.block_table.stride[0], t.block_table.shape[1]};
   out.cache_seqlens = int32_view(t.cache_seqlens);
+  out.global_seqlens = int32_view(t.global_seqlens);
   out.sink = reinterpret_cast<const float*>(t.sink.data);
   out.out = row_view(t.out, p.is_ragged);
   out.lse = row_view(t.lse, p.is_ragged);
@@ -556,6 +576,7 @@ Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall&
 
   if (p.device_type == DeviceType::kCpu) {
     MLA_RETURN_IF_ERROR(check_schedule(plan, out));
+    if (p.needs_global_len()) MLA_RETURN_IF_ERROR(check_global_lengths(plan, out));
     MLA_RETURN_IF_ERROR(check_page_ids(plan, out));
   }
   return Status::ok();

@@ -95,7 +95,7 @@ OFFSET(mla_schedule_args, cu_seqlens_q, 16);
 OFFSET(mla_schedule_args, schedule, 24);
 OFFSET(mla_schedule_args, schedule_bytes, 32);
 
-SIZE(mla_decode_args, 168);
+SIZE(mla_decode_args, 176);
 OFFSET(mla_decode_args, struct_size, 0);
 OFFSET(mla_decode_args, flags, 4);
 OFFSET(mla_decode_args, q, 8);
@@ -118,6 +118,7 @@ OFFSET(mla_decode_args, extra_kv_cache, 136);
 OFFSET(mla_decode_args, extra_block_table, 144);
 OFFSET(mla_decode_args, extra_seqlens, 152);
 OFFSET(mla_decode_args, tree_mask, 160);
+OFFSET(mla_decode_args, global_seqlens, 168);
 
 SIZE(mla_merge_args, 40);
 OFFSET(mla_merge_args, struct_size, 0);

@@ -88,7 +88,6 @@ TEST_CASE("bad problems are refused") {
       {"problem.flags: no backend takes MLA_PROBLEM_TREE_MASK, leave it out", [](P& p) { p.flags = MLA_PROBLEM_TREE_MASK; }, MLA_UNSUPPORTED},
       {"problem.flags: no backend takes MLA_PROBLEM_EXTRA_SEGMENT, leave it out", [](P& p) { p.flags = MLA_PROBLEM_EXTRA_SEGMENT; },
        MLA_UNSUPPORTED},
-      {"problem.cp_world: no backend takes context parallel shards, use 1, got 2", [](P& p) { p.cp_world = 2, p.cp_rank = 1; }, MLA_UNSUPPORTED},
   };
   Call call;
   for (const auto& bad : cases) {

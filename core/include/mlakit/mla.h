@@ -175,8 +175,8 @@ typedef struct mla_problem {
   int32_t split_policy;  /* MLA_SPLIT_... */
   int32_t chunk_tokens;  /* MLA_SPLIT_FIXED_CHUNK: a multiple of 64; 0: 2048 */
   int32_t topk;          /* > 0: each query token attends to a list of this many indices (no backend yet) */
-  int32_t cp_world;      /* context parallel: ranks that share the keys round robin, default 1 (more: no backend yet) */
-  int32_t cp_rank;
+  int32_t cp_world;      /* context parallel: ranks that share the keys of each request, default 1 (more: CPU backends only) */
+  int32_t cp_rank;       /* this rank: its key j is key j * cp_world + cp_rank of the request. Lengths and tables are its own. */
   float softmax_scale;   /* 0: head_dim ** -0.5, as FlashMLA's default. Engines with absorbed weights pass their own. */
   uint32_t reserved;     /* 0 */
 } mla_problem;
@@ -303,6 +303,8 @@ typedef struct mla_decode_args {
   const mla_tensor* extra_block_table;
   const mla_tensor* extra_seqlens;
   const mla_tensor* tree_mask;
+  const mla_tensor* global_seqlens; /* causal with cp_world > 1: int32 [batch], cached tokens of each request on all ranks together;
+                                       else NULL */
 } mla_decode_args;
 
 /* Attention over the cache, as defined at the top of this file.
@@ -313,6 +315,9 @@ typedef struct mla_decode_args {
  *                 request's visible range and nothing of another request changes a bit of its rows (fixed_chunk), or
  *                 anything but the place where its keys are cut (balanced).
  *   Determinism   The same inputs and plan give the same bits, for any thread count.
+ *   Shards        With cp_world > 1 a rank attends to its own keys; mla_merge of all ranks' results is attention over all keys. The
+ *                 causal mask is the request's: query token t sees the rank's keys among the first global_seqlens - q_len + 1 + t.
+ *                 CPU: a length that is not the rank's share of global_seqlens is MLA_INVALID_ARGUMENT.
  *   Page ids      CPU: an id outside [0, pages) in the used part of the table is MLA_INVALID_ARGUMENT and nothing is written.
  *                 CUDA: such a page reads as zeros; a plan with MLA_PROBLEM_DEBUG reports it. */
 MLA_API mla_status mla_decode(const mla_plan* plan, const mla_decode_args* args, void* stream);

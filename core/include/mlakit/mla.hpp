@@ -194,6 +194,7 @@ struct DecodeArgs {
   TensorRef sink = {};
   TensorRef out;
   TensorRef lse = {};
+  TensorRef global_seqlens = {};
 };
 
 class Plan {
@@ -238,6 +239,7 @@ class Plan {
     in.sink = args.sink.tensor;
     in.out = args.out.tensor;
     in.lse = args.lse.tensor;
+    in.global_seqlens = args.global_seqlens.tensor;
     in.schedule = work.schedule;
     in.schedule_bytes = work.schedule_bytes;
     in.scratch = work.scratch;

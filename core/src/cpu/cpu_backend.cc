@@ -89,7 +89,6 @@ std::string why_unsupported(const Problem& p) {
   if (p.topk > 0) return "index lists (topk) are not taken on the CPU";
   if (p.has_extra_segment) return "a second cache segment is not taken on the CPU";
   if (p.has_tree_mask) return "tree masks are not taken on the CPU";
-  if (p.cp_world > 1) return "context parallelism (cp_world) is not taken on the CPU";
   return "";
 }
 
@@ -260,7 +259,10 @@ class Decode {
     a.begin_token = static_cast<int64_t>(piece.begin_block) * cpu::kBlockTokens;
     a.end_token = std::min<int64_t>(static_cast<int64_t>(piece.end_block) * cpu::kBlockTokens, item.len);
     a.is_causal = p.is_causal;
-    a.visible0 = p.visible_tokens(item.len, item.q_tokens, 0);
+    const Int32View& global = call_.global_seqlens;
+    a.visible0 = (p.needs_global_len() ? global.data[item.request * global.stride] : item.len) - item.q_tokens + 1;
+    a.cp_world = p.cp_world;
+    a.cp_rank = p.cp_rank;
     a.scale_log2e = p.softmax_scale * math::kLog2e;
     cpu_plan_.kernel->attend(a, w);
 

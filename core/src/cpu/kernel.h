@@ -48,7 +48,8 @@ struct AttendArgs {
   int32_t page_size;
   int64_t begin_token, end_token;
   bool is_causal;
-  int64_t visible0;      // causal: keys that query token 0 sees; token t sees t more. May be negative.
+  int64_t visible0;      // causal: keys that query token 0 sees on all ranks together; token t sees t more. May be negative.
+  int32_t cp_world, cp_rank;  // key j is key j * cp_world + cp_rank of the request
   float scale_log2e;
 };
 

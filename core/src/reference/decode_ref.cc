@@ -117,9 +117,10 @@ Status decode(const Plan& plan, const DecodeCall& call, void*) {
   double* const sum = scores + p.max_len;
   for (int32_t request = 0; request < call.batch; ++request) {
     const int64_t q_tokens = schedule.q_tokens(request);
+    const int64_t len = schedule.len()[request];
+    const int64_t global_len = p.needs_global_len() ? call.global_seqlens.data[request * call.global_seqlens.stride] : len;
     for (int64_t token = 0; token < q_tokens; ++token) {
-      const int64_t visible = p.visible_tokens(schedule.len()[request], q_tokens, token);
-      const Query query = {request, schedule.q_begin()[request], token, visible < 0 ? 0 : visible};
+      const Query query = {request, schedule.q_begin()[request], token, p.visible_tokens(len, global_len, q_tokens, token)};
       for (int32_t head = 0; head < p.q_heads; ++head) decode_row(p, call, query, head, scores, sum);
     }
   }
