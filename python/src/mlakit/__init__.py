@@ -6,6 +6,7 @@ from ._ext import version as _version
 from ._paging import PagedCache, make_block_table, paged_from_contiguous
 from ._plan import Context, Plan, PlanInfo, Schedule
 from ._problem import Problem
+from ._shared_prefix import decode_shared_prefix
 
 __version__ = _version()
 
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "backends",
     "clear_plan_cache",
+    "decode_shared_prefix",
     "get_cmake_dir",
     "get_include",
     "get_library_path",
