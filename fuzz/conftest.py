@@ -1,4 +1,4 @@
-"""Profiles, the list of backends, and what happens to a failure: its case is shown, and kept in the corpus if asked."""
+"""Profiles, options, and what happens to a failure: its case is shown, and kept in the corpus if asked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads only stand in the way of such small products
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,15 +31,17 @@ settings.load_profile(os.environ.get("MLAKIT_FUZZ_PROFILE", "dev"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--keep-failures", action="store_true", help="write the shrunken case of each failing property to fuzz/corpus")
+    parser.addoption("--backend", help="run on this backend only, by the name that mlakit info lists")
 
 
 def pytest_report_header() -> list[str]:
     return [f"mlakit library: {abi.library_path()}", f"CPU backends: {', '.join(abi.cpu_backends())}"]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", abi.cpu_backends())
+def pytest_configure(config: pytest.Config) -> None:
+    harness.only = config.getoption("--backend")
+    if harness.only not in (None, *abi.cpu_backends()):
+        raise pytest.UsageError(f"--backend: expected one of {', '.join(abi.cpu_backends())}")
 
 
 @pytest.hookimpl(wrapper=True)

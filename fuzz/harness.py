@@ -11,6 +11,7 @@ from mlakit.testing import Case, Inputs
 import abi
 
 last_case: Case | None = None
+only: str | None = None  # pytest --backend
 
 
 @functools.cache
@@ -25,6 +26,15 @@ def dtypes(backend: str) -> tuple[str, ...]:
             assert refusal.status == abi.UNSUPPORTED, refusal
     assert taken, f"{backend} takes no element type"
     return tuple(taken)
+
+
+def backends(case: Case) -> tuple[str, ...]:
+    """The backends that take a case. A property tries each example on all of them: the example costs more than the call."""
+    return tuple(name for name in chosen() if case.parsed.q_dtype in dtypes(name))
+
+
+def chosen() -> tuple[str, ...]:
+    return tuple(name for name in abi.cpu_backends() if only in (None, name))
 
 
 def is_exact(backend: str) -> bool:

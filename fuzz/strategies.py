@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from hypothesis import strategies as st
@@ -20,30 +21,29 @@ def lengths(max_batch: int = 4, most: int = 600) -> st.SearchStrategy[tuple[int,
     return st.lists(one, min_size=1, max_size=max_batch).map(tuple)
 
 
-@st.composite
-def layouts(draw: st.DrawFn, ndim: int, *, has_free_last: bool) -> Memory:
-    """Any layout; has_free_last: the last axis may have a stride other than 1."""
-    if has_free_last:
-        order, step = tuple(draw(st.permutations(range(ndim)))), draw(st.integers(1, 3))
-    else:
-        order, step = (*draw(st.permutations(range(ndim - 1))), ndim - 1), 1
-    return Memory(order, tuple(draw(st.lists(st.integers(0, 5), min_size=ndim, max_size=ndim))), step)
+def memories(seed: int, is_ragged: bool, is_split: bool) -> dict[str, Memory]:
+    """Random layouts for some of the tensors: axes in any order, gaps, and strides other than 1 where they are allowed.
 
-
-@st.composite
-def memories(draw: st.DrawFn, is_ragged: bool, is_split: bool) -> dict[str, Memory]:
+    From a seed and not drawn one by one: a choice costs hypothesis as much time as the call does.
+    """
+    rng = random.Random(seed)
     rows = 2 if is_ragged else 3
-    axes: dict[str, tuple[int, bool]] = {
-        **{"q": (rows + 1, False), "kv_cache": (4, False), "block_table": (2, False), "cache_seqlens": (1, True)},
-        **{"out": (rows + 1, False), "lse": (rows, True)},
-    }
+    ndims = {"q": rows + 1, "kv_cache": 4, "block_table": 2, "out": rows + 1, "cache_seqlens": 1, "lse": rows}
     if is_split:
-        axes |= {"q_rope": (rows + 1, False), "kv_rope": (4, False)}
-    return {
-        name: draw(layouts(ndim, has_free_last=has_free_last))
-        for name, (ndim, has_free_last) in axes.items()
-        if draw(st.booleans())
-    }
+        ndims |= {"q_rope": rows + 1, "kv_rope": 4}
+    layouts = {}
+    for name, ndim in ndims.items():
+        if rng.random() < 0.5:
+            continue
+        is_free = name in ("cache_seqlens", "lse")
+        order = rng.sample(range(ndim), ndim) if is_free else [*rng.sample(range(ndim - 1), ndim - 1), ndim - 1]
+        gaps = [rng.choice((0, 0, 1, 5)) for _ in range(ndim)]
+        layouts[name] = Memory(tuple(order), tuple(gaps), rng.choice((1, 2, 3)) if is_free else 1)
+    return layouts
+
+
+# Yes or no, one bit each, so that they cost one choice; all zeros is the plainest call.
+CAUSAL, RAGGED, SPLIT, SINK, LSE_BASE_2, SCALE, EXACT_TOKENS, NO_LSE, FP32_OUT = (1 << bit for bit in range(9))
 
 
 @st.composite
@@ -54,54 +54,52 @@ def cases(
     max_batch: int = 4,
     most: int = 600,
     policies: tuple[str, ...] = ("", "chunk64", "chunk128"),
-    causal: bool | None = None,
-    ragged: bool | None = None,
-    has_lse: bool | None = None,
-    out_dtypes: tuple[str, ...] = ("", "outfp32"),
+    always: int = 0,
+    never: int = 0,
     has_memory: bool = True,
 ) -> Case:
-    """A valid call. A keyword of None leaves the choice open."""
+    """A valid call. always, never: bits that are set or not in every one."""
+    bits = (draw(st.integers(0, 511)) | always) & ~never
     head_dim, value_dim = draw(st.sampled_from(DIMS))
     lens = draw(lengths(max_batch, most if head_dim <= 80 else min(most, 140)))
-    is_ragged = draw(st.booleans()) if ragged is None else ragged
-    is_causal = draw(st.booleans()) if causal is None else causal
-    is_split = head_dim > value_dim and draw(st.booleans())
+    is_ragged, is_split = bool(bits & RAGGED), bool(bits & SPLIT) and head_dim > value_dim
     kv_heads = draw(st.integers(1, 3))
-    q_heads = kv_heads * draw(st.sampled_from((1, 2, 3, 5, 17)))
-    q_lens = draw(st.lists(st.integers(0, 4), min_size=len(lens), max_size=len(lens))) if is_ragged else []
+    q_len = draw(st.integers(1, 4))
+    q_lens = draw(st.lists(st.integers(0, q_len), min_size=len(lens), max_size=len(lens))) if is_ragged else []
     policy = draw(st.sampled_from(policies))
     # Room for more than comes makes more parts, so that short requests are cut as well.
-    slack = st.integers(0, 70) if policy or head_dim > 80 else st.one_of(st.integers(0, 70), st.sampled_from((2000, 9000)))
-    q_len = max(1, *q_lens, 0) + draw(st.integers(0, 1)) if is_ragged else draw(st.integers(1, 4))
+    slack = (0, 1, 65) if policy or head_dim > 80 else (0, 1, 65, 2000, 9000)
+    spare = draw(st.integers(0, 3))  # of everything that may be larger than needed
     options = [
-        f"b{len(lens) + draw(st.integers(0, 2))}",
+        f"b{len(lens) + spare // 2}",
         f"q{q_len}",
-        f"h{q_heads}",
+        f"h{kv_heads * draw(st.sampled_from((1, 2, 3, 5, 17)))}",
         f"k{kv_heads}",
         f"d{head_dim}",
         f"v{value_dim}",
         f"p{draw(st.sampled_from(PAGE_SIZES))}",
-        f"l{max(1, *lens, 0) + draw(slack)}",
-        draw(st.sampled_from(("", f"m{max(1, sum(lens))}"))),
-        draw(st.sampled_from(out_dtypes)),
-        "causal" if is_causal else "",
+        f"l{max(1, *lens, 0) + draw(st.sampled_from(slack))}",
+        f"m{max(1, sum(lens))}" if bits & EXACT_TOKENS else "",
+        "outfp32" if bits & FP32_OUT else "",
+        "causal" if bits & CAUSAL else "",
         "ragged" if is_ragged else "",
-        draw(st.sampled_from(("", "lse2"))),
+        "lse2" if bits & LSE_BASE_2 else "",
         policy,
-        draw(st.sampled_from(("", "scale0.25"))),
+        "scale0.25" if bits & SCALE else "",
     ]
+    layout, seed = draw(st.integers(0, 2**16)), draw(st.integers(0, 2**16))
     return Case(
         problem=":".join(["dense", draw(st.sampled_from(dtypes)), *filter(None, options)]),
         lengths=lens,
         q_lens=tuple(q_lens),
-        seed=draw(st.integers(0, 2**16)),
-        spread=draw(st.sampled_from((1.0, 0.1, 8.0))),
-        spare_pages=draw(st.integers(0, 4)),
-        table_tail=draw(st.integers(0, 3)),
-        memory=draw(memories(is_ragged, is_split)) if has_memory else {},
+        seed=seed,
+        spread=(1.0, 0.1, 8.0)[seed % 3],
+        spare_pages=spare,
+        table_tail=spare,
+        memory=memories(layout, is_ragged, is_split) if layout and has_memory else {},
         is_split=is_split,
-        has_sink=draw(st.booleans()),
-        has_lse=draw(st.booleans()) if has_lse is None else has_lse,
+        has_sink=bool(bits & SINK),
+        has_lse=not bits & NO_LSE,
     )
 
 

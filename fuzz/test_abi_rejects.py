@@ -107,9 +107,9 @@ def seen_through(array: np.ndarray, field: str, value: Any) -> np.ndarray | None
     return np.ndarray(array.shape, array.dtype, memory, offset, strides)
 
 
-@given(data=st.data())
-def test_mutated_tensors(backend: str, data: st.DataObject) -> None:
-    case = data.draw(small_cases.filter(lambda case: case.parsed.q_dtype in harness.dtypes(backend)))
+@given(case=small_cases, data=st.data())
+def test_mutated_tensors(case: testing.Case, data: st.DataObject) -> None:
+    backend = data.draw(st.sampled_from(harness.backends(case)))
     harness.last_case = case
     inputs = testing.make_inputs(case)
     present = [name for name in TENSORS if getattr(inputs, name) is not None]
@@ -156,9 +156,9 @@ def resized(args: ctypes.Structure, struct_size: int, tail: int) -> Any:
     return copy
 
 
-@given(data=st.data())
-def test_mutated_structs(backend: str, data: st.DataObject) -> None:
-    case = data.draw(small_cases.filter(lambda case: case.parsed.q_dtype in harness.dtypes(backend)))
+@given(case=small_cases, data=st.data())
+def test_mutated_structs(case: testing.Case, data: st.DataObject) -> None:
+    backend = data.draw(st.sampled_from(harness.backends(case)))
     harness.last_case = case
     inputs = testing.make_inputs(case)
     before = {name: getattr(inputs, name).base.tobytes() for name in ("out", "lse") if getattr(inputs, name) is not None}
@@ -222,10 +222,10 @@ def test_mutated_structs(backend: str, data: st.DataObject) -> None:
 _WIDTHS = {ctypes.c_uint32: (32, False), ctypes.c_int32: (32, True), ctypes.c_int64: (64, True)}
 
 
-@given(data=st.data())
-def test_mutated_problems(backend: str, data: st.DataObject) -> None:
+@given(case=small_cases, data=st.data())
+def test_mutated_problems(case: testing.Case, data: st.DataObject) -> None:
     """A field of any value: no plan and a reason, or a plan that refuses the call's tensors or gives its own right numbers."""
-    case = data.draw(small_cases.filter(lambda case: case.parsed.q_dtype in harness.dtypes(backend)))
+    backend = data.draw(st.sampled_from(harness.backends(case)))
     harness.last_case = case
     problem = abi.parse(case.problem)
     for name in data.draw(st.lists(st.sampled_from([name for name, _ in abi.Problem._fields_[1:]]), min_size=1, max_size=2)):
@@ -324,7 +324,8 @@ def test_any_context(name: bytes | None, threads: int, flags: int, reserved: int
 
 
 @given(data=st.data())
-def test_mutated_merges(backend: str, data: st.DataObject) -> None:
+def test_mutated_merges(data: st.DataObject) -> None:
+    backend = data.draw(st.sampled_from(harness.chosen()))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
     parts, tokens, heads, dim = (data.draw(st.integers(0, 3)) for _ in range(4))
     parts += 1

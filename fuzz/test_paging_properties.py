@@ -8,125 +8,115 @@ from hypothesis import strategies as st
 from mlakit import testing
 
 import harness
+import strategies
 from strategies import cases
 
 
-def any_case(data: st.DataObject, backend: str, **options: object) -> testing.Case:
-    return data.draw(cases(dtypes=harness.dtypes(backend), **options))
-
-
-@given(data=st.data())
-def test_moving_pages_changes_no_bit(backend: str, data: st.DataObject) -> None:
-    case = any_case(data, backend)
-    inputs = testing.make_inputs(case)
-    before = harness.decode(case, backend, inputs)
-
-    pages = inputs.kv_cache.shape[0]
-    new_id = np.random.default_rng(case.seed + 1).permutation(pages).astype(np.int32)
-    moved = testing.make_inputs(case)
+@given(case=cases())
+def test_moving_pages_changes_no_bit(case: testing.Case) -> None:
+    inputs, moved = testing.make_inputs(case), testing.make_inputs(case)
+    new_id = np.random.default_rng(case.seed + 1).permutation(inputs.kv_cache.shape[0]).astype(np.int32)
     for name in ("kv_cache", "kv_rope"):
         if getattr(moved, name) is not None:
             getattr(moved, name)[new_id] = getattr(inputs, name)
     for request, length in enumerate(case.lengths):
         used = -(-length // case.parsed.page_size)
         moved.block_table[request, :used] = new_id[inputs.block_table[request, :used]]
-    harness.assert_same_bits(before, harness.decode(case, backend, moved), "pages moved")
+    for backend in harness.backends(case):
+        before, after = harness.decode(case, backend, inputs), harness.decode(case, backend, moved)
+        harness.assert_same_bits(before, after, f"{backend}, pages moved: {case}")
 
 
-@given(data=st.data())
-def test_unused_memory_changes_no_bit(backend: str, data: st.DataObject) -> None:
+@given(case=cases())
+def test_unused_memory_changes_no_bit(case: testing.Case) -> None:
     """Every byte that no row may see: slots past the end, pages of nobody, gaps between rows, table tails."""
-    case = any_case(data, backend)
-    before = harness.decode(case, backend)
-
     rng = np.random.default_rng(case.seed + 2)
-    inputs, seen = testing.make_inputs(case), testing.make_inputs(case)
+    clean, dirty = testing.make_inputs(case), testing.make_inputs(case)
     for name in ("q", "q_rope", "kv_cache", "kv_rope"):
-        array = getattr(inputs, name)
-        if array is not None:
-            memory = array.base
-            memory[...] = rng.choice(np.array([0, 1, -3, np.inf, -np.inf, np.nan], np.float32), memory.shape)
-            if name.startswith("q"):
-                array[...] = getattr(seen, name)
-            else:
-                for request in range(len(case.lengths)):
-                    where = harness.used_slots(case, seen, request)
-                    array[where] = getattr(seen, name)[where]
-    inputs.block_table.base[...] = rng.integers(-(2**31), 2**31, inputs.block_table.base.shape)
-    for request, length in enumerate(case.lengths):
-        used = -(-length // case.parsed.page_size)
-        inputs.block_table[request, :used] = seen.block_table[request, :used]
-    harness.assert_same_bits(before, harness.decode(case, backend, inputs), "unused memory changed")
-
-
-@given(data=st.data())
-def test_outputs_are_written_and_nothing_beside_them(backend: str, data: st.DataObject) -> None:
-    case = any_case(data, backend)
-    inputs = testing.make_inputs(case)
-    harness.decode(case, backend, inputs)
-    for name in ("out", "lse"):
-        array = getattr(inputs, name)
+        array = getattr(dirty, name)
         if array is None:
             continue
-        # A random case has no NaN among its visible inputs, so none is left in its outputs ...
-        assert not np.isnan(array).any(), f"{name}: a row was not written: {case}"
-        # ... and every NaN beside them is still there.
-        array[...] = np.nan
-        assert np.isnan(array.base).all(), f"{name}: memory between rows was written: {case}"
+        array.base[...] = rng.choice(np.array([0, 1, -3, np.inf, -np.inf, np.nan], np.float32), array.base.shape)
+        if name.startswith("q"):
+            array[...] = getattr(clean, name)
+            continue
+        for request in range(len(case.lengths)):
+            where = harness.used_slots(case, clean, request)
+            array[where] = getattr(clean, name)[where]
+    dirty.block_table.base[...] = rng.integers(-(2**31), 2**31, dirty.block_table.base.shape)
+    for request, length in enumerate(case.lengths):
+        used = -(-length // case.parsed.page_size)
+        dirty.block_table[request, :used] = clean.block_table[request, :used]
+    for backend in harness.backends(case):
+        before, after = harness.decode(case, backend, clean), harness.decode(case, backend, dirty)
+        harness.assert_same_bits(before, after, f"{backend}, unused memory changed: {case}")
 
 
-@given(data=st.data())
-def test_a_nan_stays_in_its_request(backend: str, data: st.DataObject) -> None:
-    case = any_case(data, backend, causal=False)
+@given(case=cases())
+def test_outputs_are_written_and_nothing_beside_them(case: testing.Case) -> None:
+    inputs = testing.make_inputs(case)
+    for backend in harness.backends(case):
+        for name in ("out", "lse"):
+            if getattr(inputs, name) is not None:
+                getattr(inputs, name).base[...] = np.nan
+        harness.decode(case, backend, inputs)
+        for name in ("out", "lse"):
+            array = getattr(inputs, name)
+            if array is None:
+                continue
+            # A random case has no NaN among its visible inputs, so none is left in its outputs ...
+            assert not np.isnan(array).any(), f"{name}: {backend} left a row unwritten: {case}"
+            # ... and every NaN beside them is still there.
+            array[...] = np.nan
+            assert np.isnan(array.base).all(), f"{name}: {backend} wrote between rows: {case}"
+
+
+@given(case=cases(never=strategies.CAUSAL), data=st.data())
+def test_a_nan_stays_in_its_request(case: testing.Case, data: st.DataObject) -> None:
     request = data.draw(st.integers(0, len(case.lengths) - 1))
+    length, rows = case.lengths[request], harness.rows_of(case, request)
     clean, poisoned = testing.make_inputs(case), testing.make_inputs(case)
-    before = harness.decode(case, backend, clean)
-    length = case.lengths[request]
-    victim = data.draw(st.sampled_from(("kv_cache", "q") if length else ("q",)))
-    if victim == "q":
-        poisoned.q[harness.rows_of(case, request)][..., 0] = np.nan
-    else:
+    if length and data.draw(st.booleans()):
         page, slot = (part[data.draw(st.integers(0, length - 1))] for part in harness.used_slots(case, poisoned, request))
         poisoned.kv_cache[page, slot, :, 0] = np.nan
-    after = harness.decode(case, backend, poisoned)
+    else:
+        poisoned.q[rows][..., 0] = np.nan
+    for backend in harness.backends(case):
+        before, after = harness.decode(case, backend, clean), harness.decode(case, backend, poisoned)
+        for name in ("out", "lse"):
+            one, other = getattr(before, name), getattr(after, name)
+            if one is None:
+                continue
+            mine = np.zeros(one.shape, bool)
+            mine[rows] = True
+            assert (np.isnan(other[mine]) == (length > 0)).all(), f"{name} of the request with the NaN, {backend}: {case}"
+            assert (one[~mine] == other[~mine]).all(), f"{name} of another request, {backend}: {case}"
 
-    rows = harness.rows_of(case, request)
-    sees_it = length > 0
-    for name in ("out", "lse"):
-        one, other = getattr(before, name), getattr(after, name)
-        if one is None:
-            continue
-        assert np.isnan(other[rows]).all() == sees_it or other[rows].size == 0, f"{name} of the request with the NaN: {case}"
-        mine = np.zeros(one.shape, bool)
-        mine[rows] = True
-        assert (one[~mine] == other[~mine]).all(), f"{name} of another request changed: {case}"
 
-
-@given(data=st.data())
-def test_fixed_chunk_gives_a_request_the_same_bits_alone(backend: str, data: st.DataObject) -> None:
-    case = any_case(data, backend, policies=("chunk64", "chunk128"), has_memory=False)
-    together = harness.decode(case, backend)
+@given(case=cases(policies=("chunk64", "chunk128"), has_memory=False), data=st.data())
+def test_fixed_chunk_gives_a_request_the_same_bits_alone(case: testing.Case, data: st.DataObject) -> None:
     request = data.draw(st.integers(0, len(case.lengths) - 1))
-    alone, inputs = single(case, request)
-    result = harness.decode(alone, backend, inputs)
     rows = harness.rows_of(case, request)
-    assert together.out[rows].tobytes() == result.out.tobytes(), f"out of request {request}: {case}"
-    if case.has_lse:
-        assert together.lse[rows].tobytes() == result.lse.tobytes(), f"lse of request {request}: {case}"
+    alone, inputs = single(case, request)
+    for backend in harness.backends(case):
+        together, result = harness.decode(case, backend), harness.decode(alone, backend, inputs)
+        assert together.out[rows].tobytes() == result.out.tobytes(), f"out of request {request}, {backend}: {case}"
+        if case.has_lse:
+            assert together.lse[rows].tobytes() == result.lse.tobytes(), f"lse of request {request}, {backend}: {case}"
 
 
-@given(data=st.data())
-def test_balanced_gives_a_request_nearly_the_same_alone(backend: str, data: st.DataObject) -> None:
-    case = any_case(data, backend, policies=("",), has_memory=False)
+@given(case=cases(policies=("",), has_memory=False), data=st.data())
+def test_balanced_gives_a_request_nearly_the_same_alone(case: testing.Case, data: st.DataObject) -> None:
     request = data.draw(st.integers(0, len(case.lengths) - 1))
-    alone, inputs = single(case, request)
-    harness.decode(alone, backend, inputs)
-    want = testing.expect(case, testing.make_inputs(case), exact=harness.is_exact(backend))
     rows = harness.rows_of(case, request)
-    for name in ("out", "lse"):
-        got, wanted, limit = getattr(inputs, name), getattr(want, name)[rows], getattr(want, f"{name}_limit")[rows]
-        if got is not None:
-            testing.check_close(got.reshape(wanted.shape), wanted, limit, f"{name} of request {request} alone: {case}")
+    alone, inputs = single(case, request)
+    want = testing.expect(case, testing.make_inputs(case))
+    for backend in harness.backends(case):
+        harness.decode(alone, backend, inputs)
+        for name in ("out", "lse"):
+            got, wanted, limit = getattr(inputs, name), getattr(want, name)[rows], getattr(want, f"{name}_limit")[rows]
+            if got is not None:
+                testing.check_close(got.reshape(wanted.shape), wanted, limit, f"{name} of request {request} alone, {backend}: {case}")
 
 
 def single(case: testing.Case, request: int) -> tuple[testing.Case, testing.Inputs]:

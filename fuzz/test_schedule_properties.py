@@ -16,15 +16,18 @@ from schedule_bytes import MAGIC, Schedule
 from strategies import cases
 
 
+backends = st.deferred(lambda: st.sampled_from(harness.chosen()))
+
+
 @st.composite
-def calls(draw: st.DrawFn, backend: str) -> testing.Case:
+def calls(draw: st.DrawFn) -> testing.Case:
     """Longer requests and larger batches than decode can afford: nothing is computed here."""
     lens = draw(st.lists(st.one_of(st.integers(0, 70), st.integers(0, 5000)), max_size=12)) or [draw(st.integers(0, 200_000))]
     is_ragged = draw(st.booleans())
     q_lens = draw(st.lists(st.integers(0, 9), min_size=len(lens), max_size=len(lens))) if is_ragged else []
     kv_heads = draw(st.integers(1, 3))
     parts = [
-        f"dense:{harness.dtypes(backend)[0]}",
+        "dense:bf16",
         f"b{len(lens) + draw(st.integers(0, 3))}",
         f"q{max(1, *q_lens, 0) if is_ragged else draw(st.integers(1, 9))}",
         f"h{kv_heads * draw(st.integers(1, 40))}:k{kv_heads}:d8:v8:p{draw(st.integers(1, 70))}",
@@ -52,11 +55,10 @@ def schedule_of(case: testing.Case, plan: abi.Plan, step: int = 1) -> Schedule:
     return Schedule(plan)
 
 
-@given(data=st.data())
-def test_header_and_snapshot(backend: str, data: st.DataObject) -> None:
-    case = data.draw(calls(backend))
+@given(case=calls(), backend=backends, step=st.integers(1, 3))
+def test_header_and_snapshot(case: testing.Case, backend: str, step: int) -> None:
     with abi.Plan(case.problem, backend) as plan:
-        s = schedule_of(case, plan, step=data.draw(st.integers(1, 3)))
+        s = schedule_of(case, plan, step)
         assert s.magic & 0xFFFFFFFF == MAGIC
         assert (s.batch, s.parts) == (len(case.lengths), plan.info.parts)
         assert s.nbytes == plan.info.schedule_bytes
@@ -71,9 +73,8 @@ def test_header_and_snapshot(backend: str, data: st.DataObject) -> None:
         assert s.total_cost == sum(costs)
 
 
-@given(data=st.data())
-def test_each_block_is_covered_once(backend: str, data: st.DataObject) -> None:
-    case = data.draw(calls(backend))
+@given(case=calls(), backend=backends)
+def test_each_block_is_covered_once(case: testing.Case, backend: str) -> None:
     with abi.Plan(case.problem, backend) as plan:
         s = schedule_of(case, plan)
         boundaries = [tuple(row) for row in s.boundary.tolist()]
@@ -92,9 +93,8 @@ def test_each_block_is_covered_once(backend: str, data: st.DataObject) -> None:
         assert not seen
 
 
-@given(data=st.data())
-def test_parts_are_fair(backend: str, data: st.DataObject) -> None:
-    case = data.draw(calls(backend))
+@given(case=calls(), backend=backends)
+def test_parts_are_fair(case: testing.Case, backend: str) -> None:
     with abi.Plan(case.problem, backend) as plan:
         s = schedule_of(case, plan)
         overhead, cost = s.overhead(), [0] * s.parts
@@ -104,9 +104,8 @@ def test_parts_are_fair(backend: str, data: st.DataObject) -> None:
         assert max(cost) <= -(-s.total_cost // s.parts) + overhead + s.chunk_blocks
 
 
-@given(data=st.data())
-def test_slots_are_unique_and_fit(backend: str, data: st.DataObject) -> None:
-    case = data.draw(calls(backend))
+@given(case=calls(), backend=backends)
+def test_slots_are_unique_and_fit(case: testing.Case, backend: str) -> None:
     with abi.Plan(case.problem, backend) as plan:
         s = schedule_of(case, plan)
         used = [piece.slot for piece in s.pieces() if piece.slot >= 0]
@@ -117,9 +116,8 @@ def test_slots_are_unique_and_fit(backend: str, data: st.DataObject) -> None:
             assert (piece.slot >= 0) == ((piece.begin, piece.end) != (0, n)), piece
 
 
-@given(data=st.data())
-def test_fixed_chunk_cuts_by_the_own_length_alone(backend: str, data: st.DataObject) -> None:
-    case = data.draw(calls(backend))
+@given(case=calls(), backend=backends)
+def test_fixed_chunk_cuts_by_the_own_length_alone(case: testing.Case, backend: str) -> None:
     with abi.Plan(case.problem, backend) as plan:
         s = schedule_of(case, plan)
         if s.chunk_blocks:
@@ -128,32 +126,30 @@ def test_fixed_chunk_cuts_by_the_own_length_alone(backend: str, data: st.DataObj
                 assert piece.end == min(piece.begin + s.chunk_blocks, s.blocks(piece.request))
 
 
-@given(data=st.data())
-def test_a_schedule_may_be_copied(backend: str, data: st.DataObject) -> None:
+@given(case=cases())
+def test_a_schedule_may_be_copied(case: testing.Case) -> None:
     """Made at one address and used at another, after the first was overwritten: the same bits."""
-    case = data.draw(cases(dtypes=harness.dtypes(backend)))
-    want = harness.decode(case, backend)
     inputs = testing.make_inputs(case)
-    with abi.Plan(case.problem, backend) as plan:
-        plan.schedule(inputs)
-        made = plan.schedule_buffer
-        plan.schedule_buffer = abi.aligned_buffer(made.nbytes, plan.info.schedule_alignment)
-        plan.schedule_buffer[...] = made
-        made[...] = 0xFF
-        plan.decode(inputs)
-    harness.assert_same_bits(want, abi.Result(inputs.out.copy(), None if inputs.lse is None else inputs.lse.copy()), "copied schedule")
+    for backend in harness.backends(case):
+        want = harness.decode(case, backend, inputs)
+        with abi.Plan(case.problem, backend) as plan:
+            plan.schedule(inputs)
+            made = plan.schedule_buffer
+            plan.schedule_buffer = abi.aligned_buffer(made.nbytes, plan.info.schedule_alignment)
+            plan.schedule_buffer[...] = made
+            made[...] = 0xFF
+            plan.decode(inputs)
+        harness.assert_same_bits(want, abi.Result.of(inputs), f"{backend}, copied schedule: {case}")
 
 
 @pytest.mark.parametrize("policy", ["", ":chunk2048"])
-def test_a_hundred_thousand_requests_in_five_milliseconds(backend: str, policy: str) -> None:
+def test_a_hundred_thousand_requests_in_five_milliseconds(policy: str) -> None:
     batch = 100_000
-    rng = np.random.default_rng(0)
     inputs = testing.Inputs(*[None] * 10, keywords={})
-    inputs.cache_seqlens = rng.integers(0, 2000, batch).astype(np.int32)
-    dtype = harness.dtypes(backend)[0]
-    with abi.Plan(f"dense:{dtype}:b{batch}:q1:h16:d8:v8:l2000{policy}", backend) as plan:
+    inputs.cache_seqlens = np.random.default_rng(0).integers(0, 2000, batch).astype(np.int32)
+    with abi.Plan(f"dense:bf16:b{batch}:q1:h16:d8:v8:l2000{policy}", harness.chosen()[0]) as plan:
         took = []
-        for _ in range(7):
+        for _ in range(9):
             begin = time.perf_counter()
             plan.schedule(inputs)
             took.append(time.perf_counter() - begin)

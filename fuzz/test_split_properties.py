@@ -10,21 +10,21 @@ from mlakit.reference import float64, merge_states_reference
 
 import abi
 import harness
+import strategies
 from strategies import cases
 
 
-@given(data=st.data())
-def test_two_halves_make_the_whole(backend: str, data: st.DataObject) -> None:
+@given(
+    case=cases(always=strategies.FP32_OUT, never=strategies.CAUSAL | strategies.NO_LSE | strategies.SINK, has_memory=False),
+    data=st.data(),
+)
+def test_two_halves_make_the_whole(case: testing.Case, data: st.DataObject) -> None:
     """The cut is at a page, anywhere in each request; the first half may be empty, and so may the second."""
-    options = {"causal": False, "out_dtypes": ("outfp32",), "has_lse": True, "has_memory": False}
-    case = data.draw(cases(dtypes=harness.dtypes(backend), **options)).replace(has_sink=False)
     page_size = case.parsed.page_size
     cuts = [data.draw(st.integers(0, -(-length // page_size))) for length in case.lengths]
     firsts = [min(cut * page_size, length) for cut, length in zip(cuts, case.lengths, strict=True)]
-
-    inputs = testing.make_inputs(case)
-    want = testing.expect(case, inputs, exact=harness.is_exact(backend))
-    parts = []
+    want = testing.expect(case, testing.make_inputs(case))
+    halves = []
     for is_first in (True, False):
         half = testing.make_inputs(case)
         for request, cut in enumerate(cuts):
@@ -32,20 +32,21 @@ def test_two_halves_make_the_whole(backend: str, data: st.DataObject) -> None:
             if not is_first:
                 row = half.block_table[request]
                 row[: row.size - cut] = row[cut:].copy()
-        parts.append(harness.decode(case, backend, half))
-    rows = parts[0].lse.shape
-    tokens, heads, dim = int(np.prod(rows[:-1])), rows[-1], case.parsed.value_dim
-    outs = np.stack([part.out.reshape(tokens, heads, dim) for part in parts])
-    lses = np.stack([part.lse.reshape(tokens, heads) for part in parts])
-    out, lse = np.full((tokens, heads, dim), np.nan, np.float32), np.full((tokens, heads), np.nan, np.float32)
-    abi.merge(outs, lses, out, lse, backend, is_base2=case.parsed.lse_base == "2")
-
-    # Both halves and the join round once more in fp32.
-    slack = 8 * testing.ROUNDOFF["fp32"]
-    for name, got in (("out", out), ("lse", lse)):
-        wanted = getattr(want, name)
-        limit = getattr(want, f"{name}_limit") + slack * (1 + np.abs(np.nan_to_num(wanted, neginf=0)))
-        testing.check_close(got.reshape(wanted.shape), wanted, 2 * limit, f"{name} of the joined halves: {case}")
+        halves.append(half)
+    rows, dim = want.lse.shape, case.parsed.value_dim
+    tokens, heads = int(np.prod(rows[:-1])), rows[-1]
+    for backend in harness.backends(case):
+        parts = [harness.decode(case, backend, half) for half in halves]
+        outs = np.stack([part.out.reshape(tokens, heads, dim) for part in parts])
+        lses = np.stack([part.lse.reshape(tokens, heads) for part in parts])
+        out, lse = np.full((tokens, heads, dim), np.nan, np.float32), np.full((tokens, heads), np.nan, np.float32)
+        abi.merge(outs, lses, out, lse, backend, is_base2=case.parsed.lse_base == "2")
+        # Both halves and the join round once more in fp32.
+        slack = 8 * testing.ROUNDOFF["fp32"]
+        for name, got in (("out", out), ("lse", lse)):
+            wanted = getattr(want, name)
+            limit = getattr(want, f"{name}_limit") + slack * (1 + np.abs(np.nan_to_num(wanted, neginf=0)))
+            testing.check_close(got.reshape(wanted.shape), wanted, 2 * limit, f"{name} of the joined halves, {backend}: {case}")
 
 
 @st.composite
@@ -65,29 +66,30 @@ def partials(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 @given(parts=partials(), is_base2=st.booleans(), out_dtype=st.sampled_from(("fp32", "bf16", "fp16")), has_lse=st.booleans())
 def test_merge_agrees_with_the_reference(
-    backend: str, parts: tuple[np.ndarray, np.ndarray], is_base2: bool, out_dtype: str, has_lse: bool
+    parts: tuple[np.ndarray, np.ndarray], is_base2: bool, out_dtype: str, has_lse: bool
 ) -> None:
     outs, lses = parts
-    out = np.full(outs.shape[1:], np.nan, testing.numpy_dtype(out_dtype))
-    lse = np.full(outs.shape[1:-1], np.nan, np.float32) if has_lse else None
-    abi.merge(outs, lses, out, lse, backend, is_base2=is_base2)
     want_out, want_lse = merge_states_reference(outs, lses, lse_base="2" if is_base2 else "e")
-    largest = np.abs(float64(outs)).max(0)
     # exp of a difference of lse: its error grows with the size of the difference.
     spread = 1 + np.abs(np.where(np.isfinite(lses), lses, 0)).max(0)
     relative = 8 * testing.ROUNDOFF["fp32"] * spread
-    roundoff = testing.ROUNDOFF[out_dtype] * 1.02
-    limit = relative[..., None] * largest + roundoff * np.abs(want_out) + testing.SMALLEST[out_dtype]
-    testing.check_close(out, want_out, limit, "merged out")
-    if lse is not None:
-        testing.check_close(lse, want_lse, relative * 2, "merged lse")
+    limit = relative[..., None] * np.abs(float64(outs)).max(0) + testing.ROUNDOFF[out_dtype] * 1.02 * np.abs(want_out)
+    for backend in harness.chosen():
+        out = np.full(outs.shape[1:], np.nan, testing.numpy_dtype(out_dtype))
+        lse = np.full(outs.shape[1:-1], np.nan, np.float32) if has_lse else None
+        abi.merge(outs, lses, out, lse, backend, is_base2=is_base2)
+        testing.check_close(out, want_out, limit + testing.SMALLEST[out_dtype], f"merged out, {backend}")
+        if lse is not None:
+            testing.check_close(lse, want_lse, relative * 2, f"merged lse, {backend}")
 
 
 @given(parts=partials())
-def test_a_single_part_is_the_result(backend: str, parts: tuple[np.ndarray, np.ndarray]) -> None:
+def test_a_single_part_is_the_result(parts: tuple[np.ndarray, np.ndarray]) -> None:
     outs, lses = parts[0][:1], parts[1][:1]
-    out, lse = np.full_like(outs[0], np.nan), np.full_like(lses[0], np.nan)
-    abi.merge(outs, lses, out, lse, backend)
-    assert out.tobytes() == np.ascontiguousarray(outs[0]).tobytes()
-    # The base changes to 2 and back.
-    testing.check_close(lse, lses[0], 4 * testing.ROUNDOFF["fp32"] * np.abs(np.nan_to_num(lses[0], neginf=0)), "lse of a single part")
+    for backend in harness.chosen():
+        out, lse = np.full_like(outs[0], np.nan), np.full_like(lses[0], np.nan)
+        abi.merge(outs, lses, out, lse, backend)
+        assert out.tobytes() == np.ascontiguousarray(outs[0]).tobytes(), backend
+        # The base changes to 2 and back.
+        limit = 4 * testing.ROUNDOFF["fp32"] * np.abs(np.nan_to_num(lses[0], neginf=0))
+        testing.check_close(lse, lses[0], limit, f"lse of a single part, {backend}")
