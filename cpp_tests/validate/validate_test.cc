@@ -205,6 +205,12 @@ TEST_CASE("bad arguments of mla_decode are refused and nothing is written") {
        [](Call& c) { c.q_t.shape(0) = c.table_t.shape(0) = c.out_t.shape(0) = c.lse_t.shape(0) = 2; }},
       {"q: must have the 3 query tokens of the schedule, got 2", [](Call& c) { c.q_t.shape(0) = c.out_t.shape(0) = c.lse_t.shape(0) = 2; },
        MLA_INVALID_ARGUMENT, kRagged},
+      {"global_seqlens: must be NULL unless the problem is causal with cp_world > 1, got a tensor",
+       [](Call& c) { c.decode_args.global_seqlens = &c.lengths_t.tensor(); }},
+      {"global_seqlens: must be given as [batch], got NULL", [](Call&) {}, MLA_INVALID_ARGUMENT, "dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20:causal:cp1of2"},
+      {"global_seqlens: rank 1 of 2 must have 2 of the 5 tokens of request 0, got cache_seqlens[0] = 5",
+       [](Call& c) { c.decode_args.global_seqlens = &c.lengths_t.tensor(); }, MLA_INVALID_ARGUMENT,
+       "dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20:causal:cp1of2"},
       // sink
       {"sink: q_heads must be 4 (problem), got shape[0] = 3", [](Call& c) { c.decode_args.sink = &c.sink_t.tensor(), c.sink_t.shape(0) = 3; }},
       {"sink: the stride of q_heads must be 1, got strides[0] = 0; make that dimension contiguous",
