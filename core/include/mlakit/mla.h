@@ -104,7 +104,7 @@ typedef struct mla_tensor {
   int32_t ndim;
   mla_data_type dtype;
   int64_t* shape;
-  int64_t* strides; /* in elements; NULL: compact, row major */
+  int64_t* strides; /* in elements, >= 0 (that of a size of 0 or 1 means nothing); NULL: compact, row major */
   uint64_t byte_offset;
 } mla_tensor;
 
@@ -152,7 +152,8 @@ enum {
 };
 
 /* What one plan is for: static facts and maxima. The batch, lengths and tables of a call come with the call and may be anything
- * up to the maxima, so one plan serves continuous batching. Start from mla_problem_init. */
+ * up to the maxima, so one plan serves continuous batching. Start from mla_problem_init. Limits: max_len and page_size up to 2^28,
+ * max_q_tokens * q_heads up to 2^30, heads and head_dim up to 2^16. */
 typedef struct mla_problem {
   uint32_t struct_size;
   uint32_t flags;        /* MLA_PROBLEM_... */
@@ -177,11 +178,12 @@ typedef struct mla_problem {
   int32_t topk;          /* > 0: each query token attends to a list of this many indices (no backend yet) */
   int32_t cp_world;      /* context parallel: ranks that share the keys of each request, default 1 (more: CPU backends only) */
   int32_t cp_rank;       /* this rank: its key j is key j * cp_world + cp_rank of the request. Lengths and tables are its own. */
-  float softmax_scale;   /* 0: head_dim ** -0.5, as FlashMLA's default. Engines with absorbed weights pass their own. */
+  float softmax_scale;   /* > 0; 0: head_dim ** -0.5, as FlashMLA's default. Engines with absorbed weights pass their own. */
   uint32_t reserved;     /* 0 */
 } mla_problem;
 
-/* Zeroes *problem, sets struct_size and the defaults named above. q_heads and max_len stay 0 and must be set. */
+/* Zeroes *problem, sets struct_size and the defaults named above. q_heads and max_len stay 0 and must be set. This function and
+ * mla_problem_parse write the struct of this header: a release that appends to it will give both new symbols. */
 MLA_API mla_status mla_problem_init(mla_problem* problem);
 
 /* The one-line form, printed in messages and taken by every tool:
@@ -279,11 +281,13 @@ MLA_API mla_status mla_schedule(const mla_plan* plan, const mla_schedule_args* a
 /* ---------------------------------------------------------------- decode ---------------------------------------------- */
 
 /* In all tensors the last dimension has stride 1 (lse: any strides), the other strides are free unless said otherwise.
- * q, kv_cache and out may be of different strides, not of overlapping memory where one of them is written. */
+ * out, lse and scratch share no memory with each other or with anything that is read; rows of two tensors may take turns in one
+ * buffer. The elements of out, and of lse, are at addresses of their own. */
 typedef struct mla_decode_args {
   uint32_t struct_size;
   uint32_t flags;                  /* 0 */
-  const mla_tensor* q;             /* [batch, q_len, q_heads, head_dim]; ragged: [tokens, q_heads, head_dim] */
+  const mla_tensor* q;             /* [batch, q_len, q_heads, head_dim]; ragged: [tokens, q_heads, head_dim]. Tokens past the
+                                      last of cu_seqlens_q are neither read nor written: a padded buffer may be passed whole. */
   const mla_tensor* q_rope;        /* NULL, or the last head_dim - value_dim columns of q, when q holds the first value_dim only */
   const mla_tensor* kv_cache;      /* [pages, page_size, kv_heads, head_dim] */
   const mla_tensor* kv_rope;       /* NULL, or the last head_dim - value_dim columns, when kv_cache holds the first value_dim only */
