@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlakit
@@ -20,10 +20,16 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def processor_seconds() -> float:
+    """Of all finished child processes: unlike wall time, what else the machine does hardly changes it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def seconds(*arguments: str) -> float:
-    begin = time.perf_counter()
+    begin = processor_seconds()
     assert run(*arguments).returncode == 0
-    return time.perf_counter() - begin
+    return processor_seconds() - begin
 
 
 def test_info_lists_every_backend_with_its_reason() -> None:
@@ -41,9 +47,9 @@ def test_info_takes_half_a_second_at_most() -> None:
 
 
 def test_demo_checks_every_row_in_five_seconds() -> None:
-    begin = time.perf_counter()
+    begin = processor_seconds()
     result = run("demo")
-    elapsed = time.perf_counter() - begin
+    elapsed = processor_seconds() - begin
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("right") == 5
     assert "(empty)" in result.stdout

@@ -16,7 +16,8 @@ def python(code: str) -> str:
 
 
 def test_import_takes_a_tenth_of_a_second_at_most() -> None:
-    code = "import time; t = time.perf_counter(); import mlakit; print(time.perf_counter() - t)"
+    # Processor time: unlike wall time, what else the machine does hardly changes it.
+    code = "import time; t = time.process_time(); import mlakit; print(time.process_time() - t)"
     assert statistics.median(float(python(code)) for _ in range(5)) <= 0.1
 
 

@@ -181,6 +181,32 @@ def test_merged_parts_equal_the_whole(lse_base: Any, dtype: str) -> None:
     batch.check(out[:, None], lse[:, None], lse_base=lse_base)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_context_parallel_shards_merge_into_the_whole(causal: bool) -> None:
+    world, page_size = 3, 16
+    batch = make_batch([130, 0, 300, 2], q_len=3, page_size=page_size)
+    parts = []
+    for rank in range(world):
+        shards = []
+        for table, length in zip(batch.block_table, batch.cache_seqlens.tolist(), strict=True):
+            keys = np.arange(rank, length, world)
+            shards.append(batch.kv_cache[table[keys // page_size], keys % page_size])
+        cache, table, lengths = mlakit.paged_from_contiguous(shards, page_size=page_size)
+        parts.append(
+            mlakit.mla_decode(
+                *(batch.q, cache, table, lengths),
+                causal=causal,
+                cp_world=world,
+                cp_rank=rank,
+                global_seqlens=batch.cache_seqlens if causal else None,
+            )
+        )
+    shape = (12, 4)
+    outs, lses = np.stack([out.reshape(*shape, 512) for out, _ in parts]), np.stack([lse.reshape(shape) for _, lse in parts])
+    out, lse = mlakit.merge_states(outs, lses)
+    batch.check(out.reshape(4, 3, 4, 512), lse.reshape(4, 3, 4), causal=causal)
+
+
 def test_merge_makes_outputs_of_the_parts_framework() -> None:
     torch = pytest.importorskip("torch")
     outs, lses = torch.randn(3, 5, 2, 8), torch.randn(3, 5, 2)

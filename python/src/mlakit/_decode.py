@@ -31,6 +31,9 @@ def mla_decode(
     lse_base: LseBase = "e",
     split: Split = "balanced",
     chunk_tokens: int = 0,
+    cp_world: int = 1,
+    cp_rank: int = 0,
+    global_seqlens: Any = None,
     context: Context | None = None,
     stream: int | None = None,
 ) -> tuple[Any, Any]:
@@ -62,6 +65,9 @@ def mla_decode(
         lse_base: "e" or "2".
         split: "balanced" is fastest; with "fixed_chunk" the bits of a row depend on its own request only.
         chunk_tokens: fixed_chunk: tokens between cuts, a multiple of 64; 0: 2048.
+        cp_world, cp_rank: context parallel: this rank holds every cp_world-th key of each request, from key cp_rank on; cache_seqlens
+            and block_table are its own. merge_states of all ranks' results is attention over all keys.
+        global_seqlens: int32 [batch], for causal with cp_world > 1: cached tokens of each request on all ranks together.
         context: a backend or thread count other than the default.
         stream: CUDA: a cudaStream_t as an int; None: the current stream of q's framework.
 
@@ -112,13 +118,15 @@ def mla_decode(
         lse_base,
         split,
         chunk_tokens,
+        cp_world,
+        cp_rank,
     )
     if out is None:
         out = framework.empty(q, (*q_shape[:-1], value_dim), _DTYPE_NAMES[q_dtype])
     if lse is None:
         lse = framework.empty(q, q_shape[:-1], "fp32")
     schedule = plan.schedule(cache_seqlens, cu_seqlens_q, stream=stream)
-    plan._run(framework, q, q_rope, kv_cache, kv_rope, block_table, schedule, sink, out, lse, None, stream)
+    plan._run(framework, q, q_rope, kv_cache, kv_rope, block_table, schedule, global_seqlens, sink, out, lse, None, stream)
     return framework.finish(out), framework.finish(lse)
 
 
@@ -155,6 +163,8 @@ def _cached_plan(
     lse_base: LseBase,
     split: Split,
     chunk_tokens: int,
+    cp_world: int,
+    cp_rank: int,
 ) -> Plan:
     for name, number in (("q", q_dtype), ("kv_cache", kv_dtype), ("out", out_dtype)):
         if number not in _DTYPE_NAMES:
@@ -183,6 +193,8 @@ def _cached_plan(
         lse_base=lse_base,
         split=split,
         chunk_tokens=chunk_tokens,
+        cp_world=cp_world,
+        cp_rank=cp_rank,
     )
     return Plan(problem, context)
 

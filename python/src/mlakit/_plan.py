@@ -132,6 +132,7 @@ class Plan:
         *,
         q_rope: Any = None,
         kv_rope: Any = None,
+        global_seqlens: Any = None,
         sink: Any = None,
         out: Any = None,
         lse: Any = None,
@@ -143,6 +144,7 @@ class Plan:
 
         Args:
             schedule: of this plan and of this step's lengths. On the CPU one made before the lengths changed is refused.
+            global_seqlens: int32 [batch], for a causal problem with cp_world > 1: cached tokens on all ranks together.
             out, lse: written in place and returned; None: new arrays in q's framework.
             return_lse: False: lse is not computed, and None is returned for it unless lse is given.
             scratch: memory of info.scratch_bytes; None: a CPU plan keeps its own, a CUDA plan takes it from q's framework.
@@ -161,7 +163,7 @@ class Plan:
                 out = framework.empty(q, (*rows, self.problem.value_dim), self._out_dtype)
             if lse is None and return_lse:
                 lse = framework.empty(q, rows, "fp32")
-        self._run(framework, q, q_rope, kv_cache, kv_rope, block_table, schedule, sink, out, lse, scratch, stream)
+        self._run(framework, q, q_rope, kv_cache, kv_rope, block_table, schedule, global_seqlens, sink, out, lse, scratch, stream)
         return framework.finish(out), framework.finish(lse) if lse is not None else None
 
     def _run(
@@ -173,6 +175,7 @@ class Plan:
         kv_rope: Any,
         block_table: Any,
         schedule: Schedule,
+        global_seqlens: Any,
         sink: Any,
         out: Any,
         lse: Any,
@@ -188,21 +191,9 @@ class Plan:
                 scratch = framework.workspace(q, self.info.scratch_bytes, stream)
             if stream is None:
                 stream = framework.stream(q)
+        tensors = (q, q_rope, kv_cache, kv_rope, block_table, schedule.cache_seqlens, global_seqlens, sink, out, lse)
         try:
-            self._native.decode(
-                q,
-                q_rope,
-                kv_cache,
-                kv_rope,
-                block_table,
-                schedule.cache_seqlens,
-                sink,
-                out,
-                lse,
-                schedule.buffer,
-                scratch,
-                stream,
-            )
+            self._native.decode(*tensors, schedule.buffer, scratch, stream)
         finally:
             if borrowed is not None:
                 self._free.append(borrowed)

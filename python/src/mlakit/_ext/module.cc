@@ -15,13 +15,27 @@ void check(mla_status status) {
   if (status == MLA_OK) return;
   PyObject* type = PyExc_RuntimeError;
   switch (status) {
-    case MLA_INVALID_ARGUMENT: type = PyExc_ValueError; break;
-    case MLA_UNSUPPORTED: type = PyExc_NotImplementedError; break;
-    case MLA_WORKSPACE_TOO_SMALL: type = PyExc_ValueError; break;
-    case MLA_OUT_OF_MEMORY: type = PyExc_MemoryError; break;
-    case MLA_CUDA_ERROR: type = PyExc_RuntimeError; break;
-    case MLA_NO_DRIVER: type = PyExc_RuntimeError; break;
-    case MLA_INTERNAL: type = PyExc_AssertionError; break;
+    case MLA_INVALID_ARGUMENT:
+      type = PyExc_ValueError;
+      break;
+    case MLA_UNSUPPORTED:
+      type = PyExc_NotImplementedError;
+      break;
+    case MLA_WORKSPACE_TOO_SMALL:
+      type = PyExc_ValueError;
+      break;
+    case MLA_OUT_OF_MEMORY:
+      type = PyExc_MemoryError;
+      break;
+    case MLA_CUDA_ERROR:
+      type = PyExc_RuntimeError;
+      break;
+    case MLA_NO_DRIVER:
+      type = PyExc_RuntimeError;
+      break;
+    case MLA_INTERNAL:
+      type = PyExc_AssertionError;
+      break;
   }
   PyErr_SetString(type, mla_last_error());
   throw nb::python_error();
@@ -54,7 +68,8 @@ struct Context {
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  void merge(nb::handle out_parts, nb::handle lse_parts, nb::handle out, nb::handle lse, bool is_base2, Stream stream) const {
+  void merge(nb::handle out_parts, nb::handle lse_parts, nb::handle out, nb::handle lse, bool is_base2,
+             Stream stream) const {
     void* given = reinterpret_cast<void*>(stream.value_or(0));
     Tensor t_out_parts(out_parts, "out_parts", false, given), t_lse_parts(lse_parts, "lse_parts", false, given);
     Tensor t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
@@ -73,7 +88,9 @@ struct Context {
 };
 
 struct Plan {
-  Plan(const Context& context, const mla_problem& problem) { check(mla_plan_create(&handle, context.handle, &problem)); }
+  Plan(const Context& context, const mla_problem& problem) {
+    check(mla_plan_create(&handle, context.handle, &problem));
+  }
   ~Plan() { mla_plan_destroy(handle); }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -112,14 +129,16 @@ struct Plan {
   }
 
   void decode(nb::handle q, nb::handle q_rope, nb::handle kv_cache, nb::handle kv_rope, nb::handle block_table,
-              nb::handle cache_seqlens, nb::handle sink, nb::handle out, nb::handle lse, nb::handle schedule, nb::handle scratch,
-              Stream stream) const {
+              nb::handle cache_seqlens, nb::handle global_seqlens, nb::handle sink, nb::handle out, nb::handle lse,
+              nb::handle schedule, nb::handle scratch, Stream stream) const {
     void* given = reinterpret_cast<void*>(stream.value_or(0));
     Tensor t_q(q, "q", false, given), t_q_rope(q_rope, "q_rope", false, given);
     Tensor t_kv(kv_cache, "kv_cache", false, given), t_kv_rope(kv_rope, "kv_rope", false, given);
     Tensor t_table(block_table, "block_table", false, given), t_seqlens(cache_seqlens, "cache_seqlens", false, given);
-    Tensor t_sink(sink, "sink", false, given), t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
-    const Memory schedule_memory = memory_of(schedule, "schedule", false), scratch_memory = memory_of(scratch, "scratch", true);
+    Tensor t_global(global_seqlens, "global_seqlens", false, given), t_sink(sink, "sink", false, given);
+    Tensor t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
+    const Memory schedule_memory = memory_of(schedule, "schedule", false),
+                 scratch_memory = memory_of(scratch, "scratch", true);
     mla_decode_args args{};
     args.struct_size = sizeof args;
     args.q = t_q.get();
@@ -128,6 +147,7 @@ struct Plan {
     args.kv_rope = t_kv_rope.get();
     args.block_table = t_table.get();
     args.cache_seqlens = t_seqlens.get();
+    args.global_seqlens = t_global.get();
     args.sink = t_sink.get();
     args.out = t_out.get();
     args.lse = t_lse.get();
@@ -154,9 +174,13 @@ nb::typed<nb::list, nb::typed<nb::tuple, nb::str, nb::int_, nb::bool_, nb::str>>
 }
 
 // (device_type, device_id, MLA_DTYPE_..., shape) of a tensor.
-nb::typed<nb::tuple, nb::int_, nb::int_, nb::int_, nb::typed<nb::tuple, nb::int_, nb::ellipsis>> describe(nb::handle object, const char* name) {
+nb::typed<nb::tuple, nb::int_, nb::int_, nb::int_, nb::typed<nb::tuple, nb::int_, nb::ellipsis>> describe(
+    nb::handle object, const char* name) {
   Tensor holder(object, name);
-  if (holder.get() == nullptr) throw nb::type_error(name);
+  if (holder.get() == nullptr) {
+    PyErr_Format(PyExc_TypeError, "%s: expected a tensor, got None", name);
+    throw nb::python_error();
+  }
   const mla_tensor& tensor = *holder.get();
   nb::object shape = nb::steal(PyTuple_New(tensor.ndim));
   for (int d = 0; d < tensor.ndim; ++d) PyTuple_SetItem(shape.ptr(), d, nb::int_(tensor.shape[d]).release().ptr());
@@ -167,16 +191,19 @@ nb::typed<nb::tuple, nb::int_, nb::int_, nb::int_, nb::typed<nb::tuple, nb::int_
 nb::ndarray<nb::array_api> array(nb::handle self, const std::vector<size_t>& shape, int32_t dtype) {
   mla_tensor_storage storage;
   const int64_t one = 1;
-  if (mla_tensor_init(&storage, nullptr, dtype, MLA_DEVICE_CPU, 0, 1, &one, nullptr) == nullptr) check(MLA_INVALID_ARGUMENT);
+  if (mla_tensor_init(&storage, nullptr, dtype, MLA_DEVICE_CPU, 0, 1, &one, nullptr) == nullptr)
+    check(MLA_INVALID_ARGUMENT);
   const mla_data_type type = storage.tensor.dtype;
   return nb::ndarray<nb::array_api>(nb::inst_ptr<Buffer>(self)->data, shape.size(), shape.data(), self, nullptr,
-                       nb::dlpack::dtype{type.code, type.bits, type.lanes});
+                                    nb::dlpack::dtype{type.code, type.bits, type.lanes});
 }
 
 }  // namespace
 
 NB_MODULE(_ext, m) {
   m.doc() = "mlakit's C API for the package's own use; import mlakit instead.";
+  // An argument that may be None: the library says what must be given.
+  const auto maybe = [](const char* name) { return nb::arg(name).none(); };
   m.def("version", [] { return MLAKIT_VERSION_STRING; });
   m.def("library_version", &mla_version);
   m.def("backends", &backends);
@@ -189,18 +216,17 @@ NB_MODULE(_ext, m) {
       .def("array", &array, nb::arg("shape"), nb::arg("dtype"));
 
   nb::class_<Context>(m, "Context")
-      .def(nb::init<std::optional<std::string>, int32_t>(), nb::arg("backend").none(), nb::arg("num_threads"))
-      .def("merge", &Context::merge, nb::arg("out_parts"), nb::arg("lse_parts"), nb::arg("out"), nb::arg("lse").none(),
-           nb::arg("is_base2"), nb::arg("stream").none());
+      .def(nb::init<std::optional<std::string>, int32_t>(), maybe("backend"), nb::arg("num_threads"))
+      .def("merge", &Context::merge, maybe("out_parts"), maybe("lse_parts"), maybe("out"), maybe("lse"),
+           nb::arg("is_base2"), maybe("stream"));
 
   nb::class_<Plan>(m, "Plan")
       .def(nb::init<const Context&, const mla_problem&>(), nb::arg("context"), nb::arg("problem"))
       .def("info", &Plan::info)
-      .def("schedule", &Plan::schedule, nb::arg("cache_seqlens"), nb::arg("cu_seqlens_q").none(), nb::arg("buffer"),
-           nb::arg("stream").none())
-      .def("decode", &Plan::decode, nb::arg("q"), nb::arg("q_rope").none(), nb::arg("kv_cache"), nb::arg("kv_rope").none(),
-           nb::arg("block_table"), nb::arg("cache_seqlens").none(), nb::arg("sink").none(), nb::arg("out"), nb::arg("lse").none(),
-           nb::arg("schedule"), nb::arg("scratch").none(), nb::arg("stream").none());
+      .def("schedule", &Plan::schedule, maybe("cache_seqlens"), maybe("cu_seqlens_q"), maybe("buffer"), maybe("stream"))
+      .def("decode", &Plan::decode, maybe("q"), maybe("q_rope"), maybe("kv_cache"), maybe("kv_rope"),
+           maybe("block_table"), maybe("cache_seqlens"), maybe("global_seqlens"), maybe("sink"), maybe("out"),
+           maybe("lse"), maybe("schedule"), maybe("scratch"), maybe("stream"));
 }
 
 }  // namespace mlakit_py

@@ -24,14 +24,25 @@ void bind_names(nb::module_& m, const char* function, std::vector<std::pair<cons
 
 void bind_problem(nb::module_& m) {
   bind_names(m, "devices", {{"cpu", MLA_DEVICE_CPU}, {"cuda", MLA_DEVICE_CUDA}});
-  bind_names(m, "dtypes", {{"bf16", MLA_DTYPE_BF16}, {"fp16", MLA_DTYPE_FP16}, {"fp32", MLA_DTYPE_FP32}, {"e4m3", MLA_DTYPE_E4M3},
-                           {"int32", MLA_DTYPE_INT32}});
-  bind_names(m, "kv_formats", {{"plain", MLA_KV_PLAIN}, {"fp8_tensor", MLA_KV_FP8_TENSOR}, {"fp8_656", MLA_KV_FP8_656},
-                               {"fp8_584", MLA_KV_FP8_584}});
+  bind_names(m, "dtypes",
+             {{"bf16", MLA_DTYPE_BF16},
+              {"fp16", MLA_DTYPE_FP16},
+              {"fp32", MLA_DTYPE_FP32},
+              {"e4m3", MLA_DTYPE_E4M3},
+              {"int32", MLA_DTYPE_INT32}});
+  bind_names(m, "kv_formats",
+             {{"plain", MLA_KV_PLAIN},
+              {"fp8_tensor", MLA_KV_FP8_TENSOR},
+              {"fp8_656", MLA_KV_FP8_656},
+              {"fp8_584", MLA_KV_FP8_584}});
   bind_names(m, "splits", {{"balanced", MLA_SPLIT_BALANCED}, {"fixed_chunk", MLA_SPLIT_FIXED_CHUNK}});
-  bind_names(m, "flags", {{"causal", MLA_PROBLEM_CAUSAL}, {"ragged_q", MLA_PROBLEM_RAGGED_Q}, {"lse_base2", MLA_PROBLEM_LSE_BASE2},
-                          {"tree_mask", MLA_PROBLEM_TREE_MASK}, {"extra_segment", MLA_PROBLEM_EXTRA_SEGMENT},
-                          {"debug", MLA_PROBLEM_DEBUG}});
+  bind_names(m, "flags",
+             {{"causal", MLA_PROBLEM_CAUSAL},
+              {"ragged_q", MLA_PROBLEM_RAGGED_Q},
+              {"lse_base2", MLA_PROBLEM_LSE_BASE2},
+              {"tree_mask", MLA_PROBLEM_TREE_MASK},
+              {"extra_segment", MLA_PROBLEM_EXTRA_SEGMENT},
+              {"debug", MLA_PROBLEM_DEBUG}});
 
   nb::class_<mla_problem>(m, "Problem")
       .def("__init__", [](mla_problem* self) { check(mla_problem_init(self)); })
@@ -67,11 +78,14 @@ void bind_problem(nb::module_& m) {
              text.resize(needed - 1);
              return text;
            })
-      .def_static("parse", [](const std::string& text) {
-        mla_problem problem;
-        check(mla_problem_parse(&problem, text.c_str()));
-        return problem;
-      }, nb::arg("text"));
+      .def_static(
+          "parse",
+          [](const std::string& text) {
+            mla_problem problem;
+            check(mla_problem_parse(&problem, text.c_str()));
+            return problem;
+          },
+          nb::arg("text"));
 }
 
 }  // namespace mlakit_py

@@ -89,11 +89,14 @@ Buffer::Buffer(size_t nbytes_, size_t alignment_)
       data(::operator new(std::max<size_t>(nbytes_, 1), std::align_val_t{alignment})) {}
 Buffer::~Buffer() { ::operator delete(data, std::align_val_t{alignment}); }
 
-Tensor::Tensor(nb::handle object, const char* name, bool is_written, void* stream) : name_(name), is_written_(is_written) {
+Tensor::Tensor(nb::handle object, const char* name, bool is_written, void* stream)
+    : name_(name), is_written_(is_written) {
   if (object.is_none()) {
     is_none_ = true;
-  } else if (!from_exchange_api(object) && !from_buffer(object) && !from_ml_dtypes(object) && !from_dlpack(object, stream)) {
-    PyErr_Format(PyExc_TypeError, "%s: expected a tensor (torch, numpy, ml_dtypes, cupy, jax or another with DLPack), got %R", name,
+  } else if (!from_exchange_api(object) && !from_buffer(object) && !from_ml_dtypes(object) &&
+             !from_dlpack(object, stream)) {
+    PyErr_Format(PyExc_TypeError,
+                 "%s: expected a tensor (torch, numpy, ml_dtypes, cupy, jax or another with DLPack), got %R", name,
                  reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
     throw nb::python_error();
   }
@@ -110,8 +113,10 @@ void Tensor::refuse(const char* reason) const {
 
 void* Tensor::current_stream() const {
   void* stream = nullptr;
-  if (api_ == nullptr || api_->current_stream == nullptr || tensor_.device.device_type != MLA_DEVICE_CUDA) return stream;
-  if (api_->current_stream(tensor_.device.device_type, tensor_.device.device_id, &stream) != 0) throw nb::python_error();
+  if (api_ == nullptr || api_->current_stream == nullptr || tensor_.device.device_type != MLA_DEVICE_CUDA)
+    return stream;
+  if (api_->current_stream(tensor_.device.device_type, tensor_.device.device_id, &stream) != 0)
+    throw nb::python_error();
   return stream;
 }
 
@@ -156,7 +161,8 @@ bool Tensor::from_buffer(nb::handle object) {
 }
 
 bool Tensor::from_ml_dtypes(nb::handle object) {
-  nb::object numpy = nb::steal(PySys_GetObject("modules") ? PyMapping_GetItemString(PySys_GetObject("modules"), "numpy") : nullptr);
+  nb::object numpy =
+      nb::steal(PySys_GetObject("modules") ? PyMapping_GetItemString(PySys_GetObject("modules"), "numpy") : nullptr);
   if (!numpy.is_valid()) {
     PyErr_Clear();
     return false;

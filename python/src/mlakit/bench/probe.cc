@@ -80,7 +80,8 @@ Loop loop_of(const char* isa) {
 #if defined(__x86_64__)
   if (std::strcmp(isa, "avx512bf16") == 0 && __builtin_cpu_supports("avx512bf16")) return flop_avx512bf16;
   if (std::strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512f")) return flop_avx512;
-  if (std::strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return flop_avx2;
+  if (std::strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return flop_avx2;
 #endif
   return nullptr;
 }
