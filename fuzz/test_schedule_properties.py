@@ -139,7 +139,7 @@ def test_a_schedule_may_be_copied(case: testing.Case) -> None:
             plan.schedule_buffer[...] = made
             made[...] = 0xFF
             plan.decode(inputs)
-        harness.assert_same_bits(want, abi.Result.of(inputs), f"{backend}, copied schedule: {case}")
+        harness.assert_same_bits(want, abi.Result.of(inputs), f"{backend}, copied schedule")
 
 
 @pytest.mark.parametrize("policy", ["", ":chunk2048"])
