@@ -17,7 +17,8 @@ namespace mla::test {
 // A tensor that owns nothing and can be changed field by field.
 struct Desc {
   mla_tensor_storage storage;
-  const mla_tensor* set(void* data, int32_t dtype, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides = {}) {
+  const mla_tensor* set(void* data, int32_t dtype, std::initializer_list<int64_t> shape,
+                        std::initializer_list<int64_t> strides = {}) {
     return mla_tensor_init(&storage, data, dtype, MLA_DEVICE_CPU, 0, static_cast<int32_t>(shape.size()), shape.begin(),
                            strides.size() == 0 ? nullptr : strides.begin());
   }
@@ -50,7 +51,8 @@ inline Buffer aligned_buffer(uint64_t bytes, int poison = 0xA5) {
 // Three requests of 5, 0 and 11 cached tokens in pages of 4, fp32. With "ragged" in the problem their query tokens are 2, 0 and 1.
 class Call {
  public:
-  static constexpr int64_t kBatch = 3, kHeads = 4, kKvHeads = 2, kHeadDim = 8, kValueDim = 6, kPageSize = 4, kPages = 7, kWidth = 5, kRaggedTokens = 3;
+  static constexpr int64_t kBatch = 3, kHeads = 4, kKvHeads = 2, kHeadDim = 8, kValueDim = 6, kPageSize = 4, kPages = 7,
+                           kWidth = 5, kRaggedTokens = 3;
   static constexpr const char* kProblem = "dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20";
 
   explicit Call(const char* problem_text = kProblem, const char* backend = nullptr) {
@@ -121,10 +123,13 @@ class Call {
   mla_plan* plan = nullptr;
   mla_plan_info info = {};
   // Table entries past the last used page are garbage on purpose.
-  std::vector<int32_t> lengths = {5, 0, 11}, cu = {0, 2, 2, 3}, table = {3, 6, -9, 99, 7, -1, 1 << 30, 8, -5, 77, 0, 5, 2, -2, 1000};
+  std::vector<int32_t> lengths = {5, 0, 11}, cu = {0, 2, 2, 3},
+                       table = {3, 6, -9, 99, 7, -1, 1 << 30, 8, -5, 77, 0, 5, 2, -2, 1000};
   std::vector<float> q = poison(kBatch * 2 * kHeads * kHeadDim), q_rope = poison(kBatch * 2 * kHeads * 2);
-  std::vector<float> kv = poison(kPages * kPageSize * kKvHeads * kHeadDim), kv_rope = poison(kPages * kPageSize * kKvHeads * 2);
-  std::vector<float> sink = poison(kHeads), out = poison(kBatch * 2 * kHeads * kValueDim), lse = poison(kBatch * 2 * kHeads);
+  std::vector<float> kv = poison(kPages * kPageSize * kKvHeads * kHeadDim),
+                     kv_rope = poison(kPages * kPageSize * kKvHeads * 2);
+  std::vector<float> sink = poison(kHeads), out = poison(kBatch * 2 * kHeads * kValueDim),
+                     lse = poison(kBatch * 2 * kHeads);
   Buffer schedule, scratch;
   Desc lengths_t, cu_t, q_t, q_rope_t, kv_t, kv_rope_t, table_t, sink_t, out_t, lse_t;
   mla_schedule_args schedule_args = {};

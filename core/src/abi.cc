@@ -73,9 +73,10 @@ const char* mla_status_string(mla_status status) { return mla::status_name(statu
 
 const char* mla_last_error(void) { return mla::last_error(); }
 
-mla_tensor* mla_tensor_init(mla_tensor_storage* storage, void* data, int32_t dtype, int32_t device_type, int32_t device_id, int32_t ndim,
-                            const int64_t* shape, const int64_t* strides) {
-  const mla_status status = guarded([&] { return mla::make_tensor({data, dtype, device_type, device_id, ndim, shape, strides}, storage); });
+mla_tensor* mla_tensor_init(mla_tensor_storage* storage, void* data, int32_t dtype, int32_t device_type,
+                            int32_t device_id, int32_t ndim, const int64_t* shape, const int64_t* strides) {
+  const mla_status status =
+      guarded([&] { return mla::make_tensor({data, dtype, device_type, device_id, ndim, shape, strides}, storage); });
   return status == MLA_OK ? &storage->tensor : nullptr;
 }
 

@@ -13,7 +13,7 @@ struct DTypeInfo {
 };
 
 inline constexpr DTypeInfo kDTypes[] = {
-    {DType::kBf16, "bf16", 4, 16}, {DType::kFp16, "fp16", 2, 16}, {DType::kFp32, "fp32", 2, 32},
+    {DType::kBf16, "bf16", 4, 16}, {DType::kFp16, "fp16", 2, 16},   {DType::kFp32, "fp32", 2, 32},
     {DType::kE4m3, "e4m3", 10, 8}, {DType::kInt32, "int32", 0, 32},
 };
 

@@ -31,9 +31,10 @@ struct NumberField {
 };
 
 constexpr NumberField kAlways[] = {
-    {"b", &mla_problem::max_batch, nullptr},  {"q", &mla_problem::q_len, nullptr},      {"h", nullptr, &mla_problem::q_heads},
-    {"k", nullptr, &mla_problem::kv_heads},   {"d", nullptr, &mla_problem::head_dim},   {"v", nullptr, &mla_problem::value_dim},
-    {"p", nullptr, &mla_problem::page_size},  {"l", &mla_problem::max_len, nullptr},
+    {"b", &mla_problem::max_batch, nullptr}, {"q", &mla_problem::q_len, nullptr},
+    {"h", nullptr, &mla_problem::q_heads},   {"k", nullptr, &mla_problem::kv_heads},
+    {"d", nullptr, &mla_problem::head_dim},  {"v", nullptr, &mla_problem::value_dim},
+    {"p", nullptr, &mla_problem::page_size}, {"l", &mla_problem::max_len, nullptr},
 };
 constexpr NumberField kMaxQTokens = {"t", &mla_problem::max_q_tokens, nullptr};
 constexpr NumberField kMaxTokens = {"m", &mla_problem::max_tokens, nullptr};
@@ -48,7 +49,8 @@ constexpr Word kFlagWords[] = {
     {"causal", MLA_PROBLEM_CAUSAL},  {"ragged", MLA_PROBLEM_RAGGED_Q},     {"lse2", MLA_PROBLEM_LSE_BASE2},
     {"tree", MLA_PROBLEM_TREE_MASK}, {"extra", MLA_PROBLEM_EXTRA_SEGMENT}, {"debug", MLA_PROBLEM_DEBUG},
 };
-constexpr Word kFormatWords[] = {{"fp8tensor", MLA_KV_FP8_TENSOR}, {"fp8656", MLA_KV_FP8_656}, {"fp8584", MLA_KV_FP8_584}};
+constexpr Word kFormatWords[] = {
+    {"fp8tensor", MLA_KV_FP8_TENSOR}, {"fp8656", MLA_KV_FP8_656}, {"fp8584", MLA_KV_FP8_584}};
 
 template <size_t N>
 const Word* find_word(const Word (&words)[N], std::string_view text) {
@@ -99,7 +101,21 @@ const DTypeInfo* find_dtype_name(std::string_view name) {
 }
 
 // What a part of the string stands for, so that naming it twice can be refused.
-enum class Key : uint32_t { kFirstNumber = 0, kMaxQ = 8, kMaxTok, kKv, kOut, kFormat, kFirstFlag, kChunk = 19, kTop, kCp, kScale, kCuda, kUnknown };
+enum class Key : uint32_t {
+  kFirstNumber = 0,
+  kMaxQ = 8,
+  kMaxTok,
+  kKv,
+  kOut,
+  kFormat,
+  kFirstFlag,
+  kChunk = 19,
+  kTop,
+  kCp,
+  kScale,
+  kCuda,
+  kUnknown
+};
 
 // Reads one part into problem.
 Key parse_part(std::string_view part, mla_problem& p) {
@@ -139,7 +155,8 @@ Key parse_part(std::string_view part, mla_problem& p) {
   }
   if (rest = part; takes_prefix(rest, "cp")) {
     const size_t of = rest.find("of");
-    const bool is_read = of != std::string_view::npos && parse_int32(rest.substr(0, of), p.cp_rank) && parse_int32(rest.substr(of + 2), p.cp_world);
+    const bool is_read = of != std::string_view::npos && parse_int32(rest.substr(0, of), p.cp_rank) &&
+                         parse_int32(rest.substr(of + 2), p.cp_world);
     return is_read ? Key::kCp : Key::kUnknown;
   }
   const struct {
@@ -147,7 +164,8 @@ Key parse_part(std::string_view part, mla_problem& p) {
     Key key;
   } optional[] = {{kTopk, Key::kTop}, {kMaxQTokens, Key::kMaxQ}, {kMaxTokens, Key::kMaxTok}};
   for (const auto& [field, key] : optional) {
-    if (rest = part; takes_prefix(rest, field.prefix) && parse_number(rest, number)) return field.set(p, number) ? key : Key::kUnknown;
+    if (rest = part; takes_prefix(rest, field.prefix) && parse_number(rest, number))
+      return field.set(p, number) ? key : Key::kUnknown;
   }
   for (uint32_t i = 0; i < std::size(kAlways); ++i) {
     if (rest = part; takes_prefix(rest, kAlways[i].prefix) && parse_number(rest, number)) {
@@ -196,10 +214,12 @@ Status format_problem(const mla_problem& p, std::string& text) {
   for (const Word& word : kFlagWords) {
     if ((p.flags & word.value) != 0) add(word.text, "");
   }
-  if (p.split_policy == MLA_SPLIT_FIXED_CHUNK) add("chunk", std::to_string(p.chunk_tokens != 0 ? p.chunk_tokens : kDefaultChunkTokens));
+  if (p.split_policy == MLA_SPLIT_FIXED_CHUNK)
+    add("chunk", std::to_string(p.chunk_tokens != 0 ? p.chunk_tokens : kDefaultChunkTokens));
   if (p.topk > 0) add_number(kTopk);
   if (p.cp_world > 1) add("cp", std::to_string(p.cp_rank) + "of" + std::to_string(p.cp_world));
-  if (p.softmax_scale != 0 && p.softmax_scale != default_softmax_scale(p.head_dim)) add("scale", float_text(p.softmax_scale));
+  if (p.softmax_scale != 0 && p.softmax_scale != default_softmax_scale(p.head_dim))
+    add("scale", float_text(p.softmax_scale));
   if (p.device_type == MLA_DEVICE_CUDA) add("cuda", std::to_string(p.device_id));
   return Status::ok();
 }

@@ -11,7 +11,9 @@
 namespace mla {
 namespace {
 
-const char* device_type_name(int32_t type) { return type == MLA_DEVICE_CPU ? "CPU" : type == MLA_DEVICE_CUDA ? "CUDA" : "other"; }
+const char* device_type_name(int32_t type) {
+  return type == MLA_DEVICE_CPU ? "CPU" : type == MLA_DEVICE_CUDA ? "CUDA" : "other";
+}
 
 // "[batch, q_len, q_heads, head_dim]"
 std::string dim_names(const TensorSpec& spec) {
@@ -42,13 +44,14 @@ Status check_dtype(const mla_tensor& tensor, const TensorSpec& spec, const DType
   if (*dtype != nullptr && (spec.dtypes & dtype_bit((*dtype)->dtype)) != 0) return Status::ok();
   const std::string allowed = dtype_names(spec.dtypes);
   if (*dtype != nullptr) return invalid("%s: dtype must be %s, got %s", spec.name, allowed.c_str(), (*dtype)->name);
-  return invalid("%s: dtype must be %s, got DLPack code %d with %d bits and %d lanes", spec.name, allowed.c_str(), tensor.dtype.code,
-                 tensor.dtype.bits, tensor.dtype.lanes);
+  return invalid("%s: dtype must be %s, got DLPack code %d with %d bits and %d lanes", spec.name, allowed.c_str(),
+                 tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes);
 }
 
 Status check_shape(const mla_tensor& tensor, const TensorSpec& spec) {
   if (tensor.ndim != spec.ndim) {
-    return invalid("%s: must have %d dimensions %s, got %d", spec.name, spec.ndim, dim_names(spec).c_str(), tensor.ndim);
+    return invalid("%s: must have %d dimensions %s, got %d", spec.name, spec.ndim, dim_names(spec).c_str(),
+                   tensor.ndim);
   }
   if (tensor.shape == nullptr) return invalid("%s: shape must point at %d sizes, got NULL", spec.name, spec.ndim);
   for (int32_t i = 0; i < spec.ndim; ++i) {
@@ -56,7 +59,8 @@ Status check_shape(const mla_tensor& tensor, const TensorSpec& spec) {
     const long long size = tensor.shape[i];
     if (size < 0) return invalid("%s: %s must be at least 0, got shape[%d] = %lld", spec.name, dim.name, i, size);
     if (dim.size != kAnySize && size != dim.size) {
-      return invalid("%s: %s must be %lld (%s), got shape[%d] = %lld", spec.name, dim.name, static_cast<long long>(dim.size), dim.source, i, size);
+      return invalid("%s: %s must be %lld (%s), got shape[%d] = %lld", spec.name, dim.name,
+                     static_cast<long long>(dim.size), dim.source, i, size);
     }
   }
   return Status::ok();
@@ -73,24 +77,26 @@ Status check_strides(const mla_tensor& tensor, const TensorSpec& spec, TensorInf
     info.shape[i] = size;
     info.stride[i] = tensor.strides == nullptr || is_empty || size <= 1 ? compact : tensor.strides[i];
     if (info.stride[i] < 0) {
-      return invalid("%s: the stride of %s must be at least 0, got strides[%d] = %lld; make a copy in order", spec.name, spec.dims[i].name, i,
-                     static_cast<long long>(info.stride[i]));
+      return invalid("%s: the stride of %s must be at least 0, got strides[%d] = %lld; make a copy in order", spec.name,
+                     spec.dims[i].name, i, static_cast<long long>(info.stride[i]));
     }
     is_too_far = __builtin_mul_overflow(info.stride[i], std::max<int64_t>(size, 1), &compact) || is_too_far;
   }
   const int32_t last = spec.ndim - 1;
   if (spec.last_dim == LastDim::kContiguous && info.shape[last] > 1 && info.stride[last] != 1) {
-    return invalid("%s: the stride of %s must be 1, got strides[%d] = %lld; make that dimension contiguous", spec.name, spec.dims[last].name,
-                   last, static_cast<long long>(info.stride[last]));
+    return invalid("%s: the stride of %s must be 1, got strides[%d] = %lld; make that dimension contiguous", spec.name,
+                   spec.dims[last].name, last, static_cast<long long>(info.stride[last]));
   }
   int64_t extent = 1;  // elements
   for (int32_t i = 0; i < spec.ndim && !is_empty; ++i) {
     int64_t reach = 0;
-    is_too_far = __builtin_mul_overflow(info.stride[i], info.shape[i] - 1, &reach) || __builtin_add_overflow(extent, reach, &extent) || is_too_far;
+    is_too_far = __builtin_mul_overflow(info.stride[i], info.shape[i] - 1, &reach) ||
+                 __builtin_add_overflow(extent, reach, &extent) || is_too_far;
   }
   is_too_far = __builtin_mul_overflow(extent, info.elem_bytes, &info.extent_bytes) || is_too_far;
   // Half of the address space: sums of two addresses or extents then fit as well.
-  if (is_too_far || info.extent_bytes > INT64_MAX / 2) return invalid("%s: shape and strides must stay inside the address space, got more", spec.name);
+  if (is_too_far || info.extent_bytes > INT64_MAX / 2)
+    return invalid("%s: shape and strides must stay inside the address space, got more", spec.name);
   if (is_empty) info.extent_bytes = 0;
   return Status::ok();
 }
@@ -99,8 +105,9 @@ Status check_place(const mla_tensor& tensor, const TensorSpec& spec) {
   const int32_t want_type = static_cast<int32_t>(spec.place.device_type);
   const bool is_same_device = want_type == MLA_DEVICE_CPU || tensor.device.device_id == spec.place.device_id;
   if (tensor.device.device_type == want_type && is_same_device) return Status::ok();
-  return invalid("%s: must be on the plan's device, %s:%d, got %s:%d (DLPack device type %d)", spec.name, device_type_name(want_type),
-                 spec.place.device_id, device_type_name(tensor.device.device_type), tensor.device.device_id, tensor.device.device_type);
+  return invalid("%s: must be on the plan's device, %s:%d, got %s:%d (DLPack device type %d)", spec.name,
+                 device_type_name(want_type), spec.place.device_id, device_type_name(tensor.device.device_type),
+                 tensor.device.device_id, tensor.device.device_type);
 }
 
 Status check_data(const mla_tensor& tensor, const TensorSpec& spec, TensorInfo& info) {
@@ -108,8 +115,8 @@ Status check_data(const mla_tensor& tensor, const TensorSpec& spec, TensorInfo& 
   if (tensor.data == nullptr) return invalid("%s: data must point at the elements, got NULL", spec.name);
   info.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
   if (reinterpret_cast<uintptr_t>(info.data) % static_cast<uintptr_t>(info.elem_bytes) != 0) {
-    return invalid("%s: data + byte_offset must be a multiple of %d bytes (its element), got address %p", spec.name, info.elem_bytes,
-                   static_cast<void*>(info.data));
+    return invalid("%s: data + byte_offset must be a multiple of %d bytes (its element), got address %p", spec.name,
+                   info.elem_bytes, static_cast<void*>(info.data));
   }
   return Status::ok();
 }
@@ -177,8 +184,8 @@ Status check_no_self_overlap(const TensorInfo& info) {
     done |= 1u << i;
     if (info.shape[i] <= 1) continue;
     if (info.stride[i] < reach) {
-      return invalid("%s: its elements must not share memory, got strides[%d] = %lld where %lld is the least", info.name, i,
-                     static_cast<long long>(info.stride[i]), static_cast<long long>(reach));
+      return invalid("%s: its elements must not share memory, got strides[%d] = %lld where %lld is the least",
+                     info.name, i, static_cast<long long>(info.stride[i]), static_cast<long long>(reach));
     }
     reach += (info.shape[i] - 1) * info.stride[i];
   }
@@ -187,7 +194,9 @@ Status check_no_self_overlap(const TensorInfo& info) {
 
 bool may_overlap(const TensorInfo& a, const TensorInfo& b) {
   if (a.data == nullptr || b.data == nullptr || a.extent_bytes == 0 || b.extent_bytes == 0) return false;
-  if (address(a) + static_cast<uintptr_t>(a.extent_bytes) <= address(b) || address(b) + static_cast<uintptr_t>(b.extent_bytes) <= address(a)) return false;
+  if (address(a) + static_cast<uintptr_t>(a.extent_bytes) <= address(b) ||
+      address(b) + static_cast<uintptr_t>(b.extent_bytes) <= address(a))
+    return false;
   for (int32_t i = 0; i < a.ndim; ++i) {
     if (a.shape[i] > 1 && is_interleaved(a, b, a.stride[i] * a.elem_bytes)) return false;
   }
@@ -196,7 +205,8 @@ bool may_overlap(const TensorInfo& a, const TensorInfo& b) {
 
 Status check_no_overlap(std::span<const TensorInfo* const> written, std::span<const TensorInfo* const> read) {
   const auto refuse = [](const TensorInfo& a, const TensorInfo& b) {
-    return invalid("%s: is written and must not share memory with %s, got an overlap; give it memory of its own", a.name, b.name);
+    return invalid("%s: is written and must not share memory with %s, got an overlap; give it memory of its own",
+                   a.name, b.name);
   };
   for (size_t i = 0; i < written.size(); ++i) {
     for (size_t j = i + 1; j < written.size(); ++j) {

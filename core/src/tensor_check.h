@@ -44,7 +44,7 @@ struct TensorInfo {
   int32_t elem_bytes = 1;
   int32_t ndim = 0;
   int64_t shape[4] = {};
-  int64_t stride[4] = {};  // elements, >= 0
+  int64_t stride[4] = {};    // elements, >= 0
   int64_t extent_bytes = 0;  // from the first to past the last element
 };
 

@@ -28,8 +28,8 @@ constexpr int32_t kMaxThreads = 1024;
 // A struct_size beyond this is garbage, not a newer header.
 constexpr size_t kMaxUnknownBytes = 4096;
 
-constexpr uint32_t kProblemFlags = MLA_PROBLEM_CAUSAL | MLA_PROBLEM_RAGGED_Q | MLA_PROBLEM_LSE_BASE2 | MLA_PROBLEM_TREE_MASK |
-                                   MLA_PROBLEM_EXTRA_SEGMENT | MLA_PROBLEM_DEBUG;
+constexpr uint32_t kProblemFlags = MLA_PROBLEM_CAUSAL | MLA_PROBLEM_RAGGED_Q | MLA_PROBLEM_LSE_BASE2 |
+                                   MLA_PROBLEM_TREE_MASK | MLA_PROBLEM_EXTRA_SEGMENT | MLA_PROBLEM_DEBUG;
 
 Status check_flags(const char* name, uint32_t flags, uint32_t known) {
   if ((flags & ~known) == 0) return Status::ok();
@@ -46,12 +46,16 @@ bool is_float(int32_t dtype) { return dtype == MLA_DTYPE_BF16 || dtype == MLA_DT
 // What the types hold and no backend takes yet.
 Status check_has_backend(const mla_problem& in) {
   if (in.kv_format != MLA_KV_PLAIN || in.kv_dtype == MLA_DTYPE_E4M3) {
-    return unsupported("problem.kv_format: no backend takes FP8 caches, use MLA_KV_PLAIN with bf16, fp16 or fp32, got kv_format %d, kv_dtype %d",
-                       in.kv_format, in.kv_dtype);
+    return unsupported(
+        "problem.kv_format: no backend takes FP8 caches, use MLA_KV_PLAIN with bf16, fp16 or fp32, got kv_format %d, "
+        "kv_dtype %d",
+        in.kv_format, in.kv_dtype);
   }
   if (in.topk > 0) return unsupported("problem.topk: no backend takes index lists, use 0, got %d", in.topk);
-  if ((in.flags & MLA_PROBLEM_TREE_MASK) != 0) return unsupported("problem.flags: no backend takes MLA_PROBLEM_TREE_MASK, leave it out");
-  if ((in.flags & MLA_PROBLEM_EXTRA_SEGMENT) != 0) return unsupported("problem.flags: no backend takes MLA_PROBLEM_EXTRA_SEGMENT, leave it out");
+  if ((in.flags & MLA_PROBLEM_TREE_MASK) != 0)
+    return unsupported("problem.flags: no backend takes MLA_PROBLEM_TREE_MASK, leave it out");
+  if ((in.flags & MLA_PROBLEM_EXTRA_SEGMENT) != 0)
+    return unsupported("problem.flags: no backend takes MLA_PROBLEM_EXTRA_SEGMENT, leave it out");
   return Status::ok();
 }
 
@@ -75,9 +79,11 @@ Status check_problem_totals(const mla_problem& in, Problem& out) {
   const int64_t most_q_tokens = in.max_batch * in.q_len;
   const bool is_ragged = (in.flags & MLA_PROBLEM_RAGGED_Q) != 0;
   out.max_q_tokens = in.max_q_tokens != 0 ? in.max_q_tokens : most_q_tokens;
-  MLA_RETURN_IF_ERROR(check_range("problem.max_q_tokens (0: max_batch * q_len)", out.max_q_tokens, is_ragged ? 1 : most_q_tokens, most_q_tokens));
+  MLA_RETURN_IF_ERROR(check_range("problem.max_q_tokens (0: max_batch * q_len)", out.max_q_tokens,
+                                  is_ragged ? 1 : most_q_tokens, most_q_tokens));
   if (out.max_q_tokens > kMaxRows / in.q_heads) {
-    return invalid("problem.max_q_tokens: times q_heads = %d must be at most %lld, got %lld query tokens", in.q_heads, ll{kMaxRows}, ll{out.max_q_tokens});
+    return invalid("problem.max_q_tokens: times q_heads = %d must be at most %lld, got %lld query tokens", in.q_heads,
+                   ll{kMaxRows}, ll{out.max_q_tokens});
   }
   out.max_tokens = in.max_tokens != 0 ? in.max_tokens : in.max_batch * in.max_len;
   return check_range("problem.max_tokens (0: max_batch * max_len)", out.max_tokens, 1, in.max_batch * in.max_len);
@@ -85,17 +91,20 @@ Status check_problem_totals(const mla_problem& in, Problem& out) {
 
 Status check_problem_policy(const mla_problem& in) {
   if (in.split_policy == MLA_SPLIT_BALANCED && in.chunk_tokens != 0) {
-    return invalid("problem.chunk_tokens: must be 0 unless split_policy is MLA_SPLIT_FIXED_CHUNK, got %d", in.chunk_tokens);
+    return invalid("problem.chunk_tokens: must be 0 unless split_policy is MLA_SPLIT_FIXED_CHUNK, got %d",
+                   in.chunk_tokens);
   }
   if (in.chunk_tokens < 0 || in.chunk_tokens % 64 != 0 || in.chunk_tokens > kMaxLen) {
-    return invalid("problem.chunk_tokens: must be 0 (then %d) or a multiple of 64 up to %lld, got %d", kDefaultChunkTokens, ll{kMaxLen}, in.chunk_tokens);
+    return invalid("problem.chunk_tokens: must be 0 (then %d) or a multiple of 64 up to %lld, got %d",
+                   kDefaultChunkTokens, ll{kMaxLen}, in.chunk_tokens);
   }
   if (in.topk < 0) return invalid("problem.topk: must be at least 0, got %d", in.topk);
   const int32_t cp_world = std::max(in.cp_world, 1);
   if (in.cp_world < 0) return invalid("problem.cp_world: must be at least 1 (or 0 for 1), got %d", in.cp_world);
   MLA_RETURN_IF_ERROR(check_range("problem.cp_rank", in.cp_rank, 0, cp_world - 1));
   if (!std::isfinite(in.softmax_scale) || in.softmax_scale < 0) {
-    return invalid("problem.softmax_scale: must be 0 (then head_dim ** -0.5) or positive and finite, got %g", static_cast<double>(in.softmax_scale));
+    return invalid("problem.softmax_scale: must be 0 (then head_dim ** -0.5) or positive and finite, got %g",
+                   static_cast<double>(in.softmax_scale));
   }
   if (in.reserved != 0) return invalid("problem.reserved: must be 0, got %u", in.reserved);
   return Status::ok();
@@ -103,7 +112,9 @@ Status check_problem_policy(const mla_problem& in) {
 
 }  // namespace
 
-float default_softmax_scale(int32_t head_dim) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))); }
+float default_softmax_scale(int32_t head_dim) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+}
 
 Status check_not_null(const char* name, const void* pointer) {
   if (pointer != nullptr) return Status::ok();
@@ -115,7 +126,8 @@ Status check_struct_size(const char* name, const void* in, size_t known_bytes) {
   uint32_t size = 0;
   std::memcpy(&size, in, sizeof size);
   if (size < 2 * sizeof(uint32_t) || size > known_bytes + kMaxUnknownBytes) {
-    return invalid("%s: struct_size must be sizeof of the struct (%zu in this library), got %u", name, known_bytes, size);
+    return invalid("%s: struct_size must be sizeof of the struct (%zu in this library), got %u", name, known_bytes,
+                   size);
   }
   return Status::ok();
 }
@@ -126,8 +138,9 @@ Status check_unknown_bytes(const char* name, const void* in, size_t known_bytes)
   const auto* bytes = static_cast<const unsigned char*>(in);
   for (size_t i = known_bytes; i < size; ++i) {
     if (bytes[i] != 0) {
-      return invalid("%s: bytes past the %zu that this library knows must be zero, got %u at offset %zu; use a newer library", name, known_bytes,
-                     bytes[i], i);
+      return invalid(
+          "%s: bytes past the %zu that this library knows must be zero, got %u at offset %zu; use a newer library",
+          name, known_bytes, bytes[i], i);
     }
   }
   return Status::ok();
@@ -147,18 +160,23 @@ Status check_problem_enums(const mla_problem& in) {
   if (in.device_id < 0 || (in.device_type == MLA_DEVICE_CPU && in.device_id != 0)) {
     return invalid("problem.device_id: must be 0 for the CPU or a CUDA ordinal from 0, got %d", in.device_id);
   }
-  if (!is_float(in.q_dtype)) return invalid("problem.q_dtype: must be MLA_DTYPE_BF16 (1), _FP16 (2) or _FP32 (3), got %d", in.q_dtype);
+  if (!is_float(in.q_dtype))
+    return invalid("problem.q_dtype: must be MLA_DTYPE_BF16 (1), _FP16 (2) or _FP32 (3), got %d", in.q_dtype);
   if (in.kv_dtype != MLA_DTYPE_DEFAULT && in.kv_dtype != MLA_DTYPE_E4M3 && !is_float(in.kv_dtype)) {
-    return invalid("problem.kv_dtype: must be MLA_DTYPE_DEFAULT (0), _BF16 (1), _FP16 (2), _FP32 (3) or _E4M3 (4), got %d", in.kv_dtype);
+    return invalid(
+        "problem.kv_dtype: must be MLA_DTYPE_DEFAULT (0), _BF16 (1), _FP16 (2), _FP32 (3) or _E4M3 (4), got %d",
+        in.kv_dtype);
   }
   if (in.out_dtype != MLA_DTYPE_DEFAULT && in.out_dtype != MLA_DTYPE_FP32 && in.out_dtype != in.q_dtype) {
-    return invalid("problem.out_dtype: must be MLA_DTYPE_DEFAULT (0), q_dtype = %d or MLA_DTYPE_FP32 (3), got %d", in.q_dtype, in.out_dtype);
+    return invalid("problem.out_dtype: must be MLA_DTYPE_DEFAULT (0), q_dtype = %d or MLA_DTYPE_FP32 (3), got %d",
+                   in.q_dtype, in.out_dtype);
   }
   if (in.kv_format < MLA_KV_PLAIN || in.kv_format > MLA_KV_FP8_584) {
     return invalid("problem.kv_format: must be an MLA_KV_... value from 0 to 3, got %d", in.kv_format);
   }
   if (in.split_policy != MLA_SPLIT_BALANCED && in.split_policy != MLA_SPLIT_FIXED_CHUNK) {
-    return invalid("problem.split_policy: must be MLA_SPLIT_BALANCED (0) or MLA_SPLIT_FIXED_CHUNK (1), got %d", in.split_policy);
+    return invalid("problem.split_policy: must be MLA_SPLIT_BALANCED (0) or MLA_SPLIT_FIXED_CHUNK (1), got %d",
+                   in.split_policy);
   }
   return Status::ok();
 }
@@ -169,7 +187,9 @@ Status make_problem(const mla_problem& in, Problem& out) {
   MLA_RETURN_IF_ERROR(check_problem_totals(in, out));
   MLA_RETURN_IF_ERROR(check_problem_policy(in));
   MLA_RETURN_IF_ERROR(check_has_backend(in));
-  const auto dtype_or_q = [&](int32_t dtype) { return static_cast<DType>(dtype != MLA_DTYPE_DEFAULT ? dtype : in.q_dtype); };
+  const auto dtype_or_q = [&](int32_t dtype) {
+    return static_cast<DType>(dtype != MLA_DTYPE_DEFAULT ? dtype : in.q_dtype);
+  };
   out.device_type = static_cast<DeviceType>(in.device_type);
   out.device_id = in.device_id;
   out.q_dtype = static_cast<DType>(in.q_dtype);
@@ -185,7 +205,9 @@ Status make_problem(const mla_problem& in, Problem& out) {
   out.value_dim = in.value_dim;
   out.page_size = in.page_size;
   out.split_policy = static_cast<SplitPolicy>(in.split_policy);
-  out.chunk_tokens = out.split_policy == SplitPolicy::kBalanced ? 0 : in.chunk_tokens != 0 ? in.chunk_tokens : kDefaultChunkTokens;
+  out.chunk_tokens = out.split_policy == SplitPolicy::kBalanced ? 0
+                     : in.chunk_tokens != 0                     ? in.chunk_tokens
+                                                                : kDefaultChunkTokens;
   out.topk = in.topk;
   out.cp_world = std::max(in.cp_world, 1);
   out.cp_rank = in.cp_rank;
@@ -239,7 +261,8 @@ Status make_context(const mla_context_options& in, Context& out) {
   const char* backend = is_from_options ? in.backend : std::getenv("MLAKIT_BACKEND");
   if (backend != nullptr && (is_from_options || *backend != '\0')) {
     if (find_backend(backend) == nullptr) {
-      return invalid("%s: must be one of %s, got \"%.80s\"", is_from_options ? "options.backend" : "MLAKIT_BACKEND", backend_names().c_str(), backend);
+      return invalid("%s: must be one of %s, got \"%.80s\"", is_from_options ? "options.backend" : "MLAKIT_BACKEND",
+                     backend_names().c_str(), backend);
     }
     out.forced_backend = backend;
   }
@@ -279,16 +302,19 @@ Place place_of(const Problem& p) { return {p.device_type, p.device_id}; }
 
 Status check_workspace(const char* name, const void* data, uint64_t bytes, uint64_t needed, size_t alignment) {
   if (needed == 0) return Status::ok();
-  if (data == nullptr) return invalid("%s: must point at %llu bytes, got NULL", name, static_cast<unsigned long long>(needed));
+  if (data == nullptr)
+    return invalid("%s: must point at %llu bytes, got NULL", name, static_cast<unsigned long long>(needed));
   if (bytes < needed) {
     return make_status(MLA_WORKSPACE_TOO_SMALL, "%s: must have at least %llu bytes (mla_plan_get_info), got %llu", name,
                        static_cast<unsigned long long>(needed), static_cast<unsigned long long>(bytes));
   }
   if (bytes > static_cast<uint64_t>(INT64_MAX / 2)) {
-    return invalid("%s: its bytes must stay inside the address space, got %llu", name, static_cast<unsigned long long>(bytes));
+    return invalid("%s: its bytes must stay inside the address space, got %llu", name,
+                   static_cast<unsigned long long>(bytes));
   }
   if (reinterpret_cast<uintptr_t>(data) % alignment != 0) {
-    return make_status(MLA_WORKSPACE_TOO_SMALL, "%s: its address must be a multiple of %zu (mla_plan_get_info), got %p", name, alignment, data);
+    return make_status(MLA_WORKSPACE_TOO_SMALL, "%s: its address must be a multiple of %zu (mla_plan_get_info), got %p",
+                       name, alignment, data);
   }
   return Status::ok();
 }
@@ -303,12 +329,14 @@ Status check_lengths(const Problem& p, const Int32View& lengths, int32_t batch) 
   for (int32_t r = 0; r < batch; ++r) {
     const int32_t len = lengths.data[r * lengths.stride];
     if (len < 0 || len > p.max_len) {
-      return invalid("cache_seqlens: must be from 0 to %lld (max_len of the problem), got cache_seqlens[%d] = %d", ll{p.max_len}, r, len);
+      return invalid("cache_seqlens: must be from 0 to %lld (max_len of the problem), got cache_seqlens[%d] = %d",
+                     ll{p.max_len}, r, len);
     }
     total += len;
   }
   if (total > p.max_tokens) {
-    return invalid("cache_seqlens: must sum to at most %lld (max_tokens of the problem), got %lld", ll{p.max_tokens}, ll{total});
+    return invalid("cache_seqlens: must sum to at most %lld (max_tokens of the problem), got %lld", ll{p.max_tokens},
+                   ll{total});
   }
   return Status::ok();
 }
@@ -319,15 +347,18 @@ Status check_cu_seqlens(const Problem& p, const Int32View& cu, int32_t batch) {
     const int64_t begin = cu.data[r * cu.stride];
     const int64_t end = cu.data[(r + 1) * cu.stride];
     if (end < begin) {
-      return invalid("cu_seqlens_q: must not decrease, got cu_seqlens_q[%d] = %lld after %lld", r + 1, ll{end}, ll{begin});
+      return invalid("cu_seqlens_q: must not decrease, got cu_seqlens_q[%d] = %lld after %lld", r + 1, ll{end},
+                     ll{begin});
     }
     if (end - begin > p.q_len) {
-      return invalid("cu_seqlens_q: a request must have at most %lld query tokens (q_len of the problem), got %lld for request %d", ll{p.q_len},
-                     ll{end - begin}, r);
+      return invalid(
+          "cu_seqlens_q: a request must have at most %lld query tokens (q_len of the problem), got %lld for request %d",
+          ll{p.q_len}, ll{end - begin}, r);
     }
   }
   if (const int32_t all = cu.data[batch * cu.stride]; all > p.max_q_tokens) {
-    return invalid("cu_seqlens_q: must end with at most %lld (max_q_tokens of the problem), got %d", ll{p.max_q_tokens}, all);
+    return invalid("cu_seqlens_q: must end with at most %lld (max_q_tokens of the problem), got %d", ll{p.max_q_tokens},
+                   all);
   }
   return Status::ok();
 }
@@ -339,7 +370,8 @@ Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, Schedul
   MLA_RETURN_IF_ERROR(check_flags("args", in.flags, 0));
   TensorInfo lengths;
   MLA_RETURN_IF_ERROR(check_tensor(
-      in.cache_seqlens, {"cache_seqlens", dtype_bit(DType::kInt32), place_of(p), LastDim::kFree, 1, {{"batch", kAnySize, ""}}}, lengths));
+      in.cache_seqlens,
+      {"cache_seqlens", dtype_bit(DType::kInt32), place_of(p), LastDim::kFree, 1, {{"batch", kAnySize, ""}}}, lengths));
   MLA_RETURN_IF_ERROR(check_range("cache_seqlens: batch", lengths.shape[0], 0, p.max_batch));
   out.batch = static_cast<int32_t>(lengths.shape[0]);
   out.cache_seqlens = int32_view(lengths);
@@ -348,7 +380,8 @@ Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, Schedul
   cu.name = "cu_seqlens_q";
   if (p.is_ragged) {
     const Dim dim = {"batch + 1", lengths.shape[0] + 1, "cache_seqlens"};
-    MLA_RETURN_IF_ERROR(check_tensor(in.cu_seqlens_q, {"cu_seqlens_q", dtype_bit(DType::kInt32), place_of(p), LastDim::kFree, 1, {dim}}, cu));
+    MLA_RETURN_IF_ERROR(check_tensor(
+        in.cu_seqlens_q, {"cu_seqlens_q", dtype_bit(DType::kInt32), place_of(p), LastDim::kFree, 1, {dim}}, cu));
   } else if (in.cu_seqlens_q != nullptr) {
     return invalid("cu_seqlens_q: must be NULL unless the problem has MLA_PROBLEM_RAGGED_Q, got a tensor");
   }
@@ -411,10 +444,13 @@ Status check_rows(const Problem& p, const mla_tensor* tensor, const RowTensor& r
   return check_tensor(tensor, spec, info);
 }
 
-Status check_cache(const Problem& p, const char* name, const mla_tensor* tensor, const Dim& pages, const Dim& columns, TensorInfo& info) {
+Status check_cache(const Problem& p, const char* name, const mla_tensor* tensor, const Dim& pages, const Dim& columns,
+                   TensorInfo& info) {
   const Dim page_size = {"page_size", p.page_size, "problem"};
   const Dim kv_heads = {"kv_heads", p.kv_heads, "problem"};
-  return check_tensor(tensor, {name, dtype_bit(p.kv_dtype), place_of(p), LastDim::kContiguous, 4, {pages, page_size, kv_heads, columns}}, info);
+  return check_tensor(
+      tensor,
+      {name, dtype_bit(p.kv_dtype), place_of(p), LastDim::kContiguous, 4, {pages, page_size, kv_heads, columns}}, info);
 }
 
 Status check_no_rope_view(const Problem& p, const char* name) {
@@ -428,35 +464,44 @@ Status check_decode_tensors(const Problem& p, const mla_decode_args& in, DecodeT
   if (is_q_split) MLA_RETURN_IF_ERROR(check_no_rope_view(p, "q_rope"));
   if (is_kv_split) MLA_RETURN_IF_ERROR(check_no_rope_view(p, "kv_rope"));
   const char* const q_columns = is_q_split ? "value_dim (beside q_rope)" : "head_dim";
-  MLA_RETURN_IF_ERROR(check_rows(p, in.q, {"q", p.q_dtype, is_q_split ? p.value_dim : p.head_dim, q_columns, nullptr}, t.q));
+  MLA_RETURN_IF_ERROR(
+      check_rows(p, in.q, {"q", p.q_dtype, is_q_split ? p.value_dim : p.head_dim, q_columns, nullptr}, t.q));
   if (is_q_split) {
-    MLA_RETURN_IF_ERROR(check_rows(p, in.q_rope, {"q_rope", p.q_dtype, p.rope_dim(), "head_dim - value_dim", &t.q}, t.q_rope));
+    MLA_RETURN_IF_ERROR(
+        check_rows(p, in.q_rope, {"q_rope", p.q_dtype, p.rope_dim(), "head_dim - value_dim", &t.q}, t.q_rope));
   }
-  const Dim kv_columns = {is_kv_split ? "value_dim (beside kv_rope)" : "head_dim", is_kv_split ? p.value_dim : p.head_dim, "problem"};
+  const Dim kv_columns = {is_kv_split ? "value_dim (beside kv_rope)" : "head_dim",
+                          is_kv_split ? p.value_dim : p.head_dim, "problem"};
   MLA_RETURN_IF_ERROR(check_cache(p, "kv_cache", in.kv_cache, {"pages", kAnySize, ""}, kv_columns, t.kv));
   MLA_RETURN_IF_ERROR(check_range("kv_cache: pages", t.kv.shape[0], 0, INT32_MAX));
   if (is_kv_split) {
     const Dim rope_columns = {"head_dim - value_dim", p.rope_dim(), "problem"};
-    MLA_RETURN_IF_ERROR(check_cache(p, "kv_rope", in.kv_rope, {"pages", t.kv.shape[0], "kv_cache"}, rope_columns, t.kv_rope));
+    MLA_RETURN_IF_ERROR(
+        check_cache(p, "kv_rope", in.kv_rope, {"pages", t.kv.shape[0], "kv_cache"}, rope_columns, t.kv_rope));
   }
   const Dim batch = {"batch", p.is_ragged ? kAnySize : t.q.shape[0], "q"};
   const uint32_t int32 = dtype_bit(DType::kInt32);
+  MLA_RETURN_IF_ERROR(check_tensor(
+      in.block_table, {"block_table", int32, place_of(p), LastDim::kContiguous, 2, {batch, {"width", kAnySize, ""}}},
+      t.block_table));
   MLA_RETURN_IF_ERROR(
-      check_tensor(in.block_table, {"block_table", int32, place_of(p), LastDim::kContiguous, 2, {batch, {"width", kAnySize, ""}}}, t.block_table));
-  MLA_RETURN_IF_ERROR(check_range(p.is_ragged ? "block_table: batch" : "q: batch", t.block_table.shape[0], 0, p.max_batch));
+      check_range(p.is_ragged ? "block_table: batch" : "q: batch", t.block_table.shape[0], 0, p.max_batch));
   if (in.cache_seqlens != nullptr) {
     const Dim lengths = {"batch", t.block_table.shape[0], "block_table"};
-    MLA_RETURN_IF_ERROR(check_tensor(in.cache_seqlens, {"cache_seqlens", int32, place_of(p), LastDim::kFree, 1, {lengths}}, t.cache_seqlens));
+    MLA_RETURN_IF_ERROR(check_tensor(
+        in.cache_seqlens, {"cache_seqlens", int32, place_of(p), LastDim::kFree, 1, {lengths}}, t.cache_seqlens));
   }
   if (p.needs_global_len()) {
     const Dim lengths = {"batch", t.block_table.shape[0], "block_table"};
-    MLA_RETURN_IF_ERROR(check_tensor(in.global_seqlens, {"global_seqlens", int32, place_of(p), LastDim::kFree, 1, {lengths}}, t.global_seqlens));
+    MLA_RETURN_IF_ERROR(check_tensor(
+        in.global_seqlens, {"global_seqlens", int32, place_of(p), LastDim::kFree, 1, {lengths}}, t.global_seqlens));
   } else if (in.global_seqlens != nullptr) {
     return invalid("global_seqlens: must be NULL unless the problem is causal with cp_world > 1, got a tensor");
   }
   if (in.sink != nullptr) {
     const Dim heads = {"q_heads", p.q_heads, "problem"};
-    MLA_RETURN_IF_ERROR(check_tensor(in.sink, {"sink", dtype_bit(DType::kFp32), place_of(p), LastDim::kContiguous, 1, {heads}}, t.sink));
+    MLA_RETURN_IF_ERROR(check_tensor(
+        in.sink, {"sink", dtype_bit(DType::kFp32), place_of(p), LastDim::kContiguous, 1, {heads}}, t.sink));
   }
   MLA_RETURN_IF_ERROR(check_rows(p, in.out, {"out", p.out_dtype, p.value_dim, "value_dim", &t.q}, t.out));
   MLA_RETURN_IF_ERROR(check_no_self_overlap(t.out));
@@ -489,19 +534,24 @@ Status check_schedule(const Plan& plan, const DecodeCall& call) {
   const schedule::ConstView view(call.schedule, plan.layout());
   const schedule::Header& header = *view.header();
   if (header.magic != schedule::kMagic) return invalid("schedule: must be made by mla_schedule, got other bytes");
-  if (header.plan_key != plan.config.plan_key) return invalid("schedule: must be made with this plan, got one of another plan");
+  if (header.plan_key != plan.config.plan_key)
+    return invalid("schedule: must be made with this plan, got one of another plan");
   if (header.batch != call.batch) {
-    return invalid("schedule: must be made for this batch of %d requests, got one for %d; call mla_schedule again", call.batch, header.batch);
+    return invalid("schedule: must be made for this batch of %d requests, got one for %d; call mla_schedule again",
+                   call.batch, header.batch);
   }
   if (header.q_tokens > call.q_tokens) {
-    return invalid("q: must have the %lld query tokens of the schedule, got %lld", ll{header.q_tokens}, ll{call.q_tokens});
+    return invalid("q: must have the %lld query tokens of the schedule, got %lld", ll{header.q_tokens},
+                   ll{call.q_tokens});
   }
   if (call.cache_seqlens.data == nullptr) return Status::ok();
   for (int32_t r = 0; r < call.batch; ++r) {
     const int32_t len = call.cache_seqlens.data[r * call.cache_seqlens.stride];
     if (len != view.len()[r]) {
-      return invalid("cache_seqlens: must be those of the schedule, got cache_seqlens[%d] = %d where it has %d; call mla_schedule again", r, len,
-                     view.len()[r]);
+      return invalid(
+          "cache_seqlens: must be those of the schedule, got cache_seqlens[%d] = %d where it has %d; call mla_schedule "
+          "again",
+          r, len, view.len()[r]);
     }
   }
   return Status::ok();
@@ -514,8 +564,9 @@ Status check_global_lengths(const Plan& plan, const DecodeCall& call) {
   for (int32_t r = 0; r < call.batch; ++r) {
     const int32_t global_len = call.global_seqlens.data[r * call.global_seqlens.stride];
     if (p.local_tokens(global_len) != view.len()[r]) {
-      return invalid("global_seqlens: rank %d of %d must have %lld of the %d tokens of request %d, got cache_seqlens[%d] = %d", p.cp_rank, p.cp_world,
-                     ll{p.local_tokens(global_len)}, global_len, r, r, view.len()[r]);
+      return invalid(
+          "global_seqlens: rank %d of %d must have %lld of the %d tokens of request %d, got cache_seqlens[%d] = %d",
+          p.cp_rank, p.cp_world, ll{p.local_tokens(global_len)}, global_len, r, r, view.len()[r]);
     }
   }
   return Status::ok();
@@ -527,14 +578,17 @@ Status check_page_ids(const Plan& plan, const DecodeCall& call) {
   for (int32_t r = 0; r < call.batch; ++r) {
     const int64_t used = ceil_div(view.len()[r], plan.problem.page_size);
     if (used > call.block_table.width) {
-      return invalid("block_table: width must be at least %lld for the %d cached tokens of request %d, got shape[1] = %lld", ll{used},
-                     view.len()[r], r, ll{call.block_table.width});
+      return invalid(
+          "block_table: width must be at least %lld for the %d cached tokens of request %d, got shape[1] = %lld",
+          ll{used}, view.len()[r], r, ll{call.block_table.width});
     }
     const int32_t* row = call.block_table.data + r * call.block_table.row_stride;
     for (int64_t i = 0; i < used; ++i) {
       if (row[i] < 0 || row[i] >= call.kv.pages) {
-        return invalid("block_table: a used page id must be from 0 to %lld (pages of kv_cache, less 1), got block_table[%d][%lld] = %d",
-                       ll{call.kv.pages - 1}, r, ll{i}, row[i]);
+        return invalid(
+            "block_table: a used page id must be from 0 to %lld (pages of kv_cache, less 1), got block_table[%d][%lld] "
+            "= %d",
+            ll{call.kv.pages - 1}, r, ll{i}, row[i]);
       }
     }
   }
@@ -550,13 +604,15 @@ Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall&
   DecodeTensors t;
   MLA_RETURN_IF_ERROR(check_decode_tensors(p, in, t));
   const uint64_t schedule_bytes = plan.layout().bytes();
-  MLA_RETURN_IF_ERROR(check_workspace("schedule", in.schedule, in.schedule_bytes, schedule_bytes, schedule::kAlignment));
+  MLA_RETURN_IF_ERROR(
+      check_workspace("schedule", in.schedule, in.schedule_bytes, schedule_bytes, schedule::kAlignment));
   MLA_RETURN_IF_ERROR(check_workspace("scratch", in.scratch, in.scratch_bytes, plan.scratch_bytes, kScratchAlignment));
 
   const TensorInfo schedule = raw_bytes("schedule", in.schedule, schedule_bytes);
   const TensorInfo scratch = raw_bytes("scratch", in.scratch, plan.scratch_bytes);
   const TensorInfo* const written[] = {&t.out, &t.lse, &scratch};
-  const TensorInfo* const read[] = {&t.q, &t.q_rope, &t.kv, &t.kv_rope, &t.block_table, &t.cache_seqlens, &t.global_seqlens, &t.sink, &schedule};
+  const TensorInfo* const read[] = {
+      &t.q, &t.q_rope, &t.kv, &t.kv_rope, &t.block_table, &t.cache_seqlens, &t.global_seqlens, &t.sink, &schedule};
   MLA_RETURN_IF_ERROR(check_no_overlap(written, read));
 
   out.batch = static_cast<int32_t>(t.block_table.shape[0]);
@@ -565,7 +621,8 @@ Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall&
   out.q_rope = row_view(t.q_rope, p.is_ragged);
   out.kv = cache_view(t.kv);
   out.kv_rope = cache_view(t.kv_rope);
-  out.block_table = {reinterpret_cast<const int32_t*>(t.block_table.data), t.block_table.stride[0], t.block_table.shape[1]};
+  out.block_table = {reinterpret_cast<const int32_t*>(t.block_table.data), t.block_table.stride[0],
+                     t.block_table.shape[1]};
   out.cache_seqlens = int32_view(t.cache_seqlens);
   out.global_seqlens = int32_view(t.global_seqlens);
   out.sink = reinterpret_cast<const float*>(t.sink.data);
@@ -589,7 +646,8 @@ Status make_merge_call(const mla_merge_args& in, MergeCall& out, DeviceType& dev
   MLA_RETURN_IF_ERROR(check_not_null("out_parts", in.out_parts));
   const mla_device device = in.out_parts->device;
   if (device.device_type != MLA_DEVICE_CPU && device.device_type != MLA_DEVICE_CUDA) {
-    return invalid("out_parts: must be on the CPU (1) or a CUDA device (2), got DLPack device type %d", device.device_type);
+    return invalid("out_parts: must be on the CPU (1) or a CUDA device (2), got DLPack device type %d",
+                   device.device_type);
   }
   device_type = static_cast<DeviceType>(device.device_type);
   const Place place = {device_type, device.device_id};
@@ -599,14 +657,20 @@ Status make_merge_call(const mla_merge_args& in, MergeCall& out, DeviceType& dev
   TensorInfo parts, lse_parts, result, lse;
   MLA_RETURN_IF_ERROR(check_tensor(
       in.out_parts,
-      {"out_parts", floats, place, LastDim::kContiguous, 4, {{"parts", kAnySize, ""}, {"tokens", kAnySize, ""}, {"heads", kAnySize, ""}, {"dim", kAnySize, ""}}},
+      {"out_parts",
+       floats,
+       place,
+       LastDim::kContiguous,
+       4,
+       {{"parts", kAnySize, ""}, {"tokens", kAnySize, ""}, {"heads", kAnySize, ""}, {"dim", kAnySize, ""}}},
       parts));
   MLA_RETURN_IF_ERROR(check_range("out_parts: parts", parts.shape[0], 1, INT32_MAX));
   const auto like_parts = [&](const char* name, int32_t i) { return Dim{name, parts.shape[i], "out_parts"}; };
   const Dim tokens = like_parts("tokens", 1), heads = like_parts("heads", 2);
-  MLA_RETURN_IF_ERROR(
-      check_tensor(in.lse_parts, {"lse_parts", fp32, place, LastDim::kFree, 3, {like_parts("parts", 0), tokens, heads}}, lse_parts));
-  MLA_RETURN_IF_ERROR(check_tensor(in.out, {"out", floats, place, LastDim::kContiguous, 3, {tokens, heads, like_parts("dim", 3)}}, result));
+  MLA_RETURN_IF_ERROR(check_tensor(
+      in.lse_parts, {"lse_parts", fp32, place, LastDim::kFree, 3, {like_parts("parts", 0), tokens, heads}}, lse_parts));
+  MLA_RETURN_IF_ERROR(check_tensor(
+      in.out, {"out", floats, place, LastDim::kContiguous, 3, {tokens, heads, like_parts("dim", 3)}}, result));
   MLA_RETURN_IF_ERROR(check_no_self_overlap(result));
   if (in.lse != nullptr) {
     MLA_RETURN_IF_ERROR(check_tensor(in.lse, {"lse", fp32, place, LastDim::kFree, 2, {tokens, heads}}, lse));

@@ -49,7 +49,8 @@ TEST_CASE("schedule and decode do not allocate, on any CPU backend") {
   backend.struct_size = sizeof backend;
   for (int32_t i = 0; mla_get_backend_info(i, &backend) == MLA_OK; ++i) {
     if (backend.device_type != MLA_DEVICE_CPU || backend.is_available == 0) continue;
-    for (const char* problem : {"dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20", "dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20:causal:ragged:chunk64"}) {
+    for (const char* problem :
+         {"dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20", "dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20:causal:ragged:chunk64"}) {
       CAPTURE(std::string(backend.name));
       CAPTURE(std::string(problem));
       Call call(problem, backend.name);

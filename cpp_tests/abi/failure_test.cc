@@ -49,9 +49,12 @@ TEST_CASE("an exception of the caller's parallel_for ends as a status") {
   // Throws what user points at.
   const auto throwing = [](void* user, int64_t, mla_task_fn, void*) {
     switch (*static_cast<int*>(user)) {
-      case 0: throw std::runtime_error("thrown by parallel_for");
-      case 1: throw std::bad_alloc();
-      default: throw 42;
+      case 0:
+        throw std::runtime_error("thrown by parallel_for");
+      case 1:
+        throw std::bad_alloc();
+      default:
+        throw 42;
     }
   };
   const struct {

@@ -19,8 +19,10 @@ class Environment {
     setenv(name, value, 1);
   }
   ~Environment() {
-    if (old_) setenv(name_, old_->c_str(), 1);
-    else unsetenv(name_);
+    if (old_)
+      setenv(name_, old_->c_str(), 1);
+    else
+      unsetenv(name_);
   }
 
  private:
@@ -117,7 +119,8 @@ TEST_CASE("a forced backend of another device is refused with the reason") {
   mla_plan* plan = nullptr;
   CHECK(mla_plan_create(&plan, call.context, &call.problem) == MLA_UNSUPPORTED);
   CHECK(std::string(mla_last_error()) ==
-        "problem dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20:cuda0: no backend takes it: reference: was asked for by name and serves the CPU only");
+        "problem dense:fp32:b4:q2:h4:k2:d8:v6:p4:l20:cuda0: no backend takes it: reference: was asked for by name and "
+        "serves the CPU only");
 }
 
 TEST_CASE("MLAKIT_NUM_THREADS sets the threads unless the option does") {
@@ -132,6 +135,7 @@ TEST_CASE("MLAKIT_NUM_THREADS sets the threads unless the option does") {
     const Environment wrong("MLAKIT_NUM_THREADS", bad);
     mla_context* context = nullptr;
     CHECK(mla_context_create(&context, nullptr) == MLA_INVALID_ARGUMENT);
-    CHECK(std::string(mla_last_error()) == "MLAKIT_NUM_THREADS: must be a number from 1 to 1024, got \"" + std::string(bad) + "\"");
+    CHECK(std::string(mla_last_error()) ==
+          "MLAKIT_NUM_THREADS: must be a number from 1 to 1024, got \"" + std::string(bad) + "\"");
   }
 }

@@ -40,7 +40,8 @@ TEST_CASE("a newer struct is taken while the bytes that we do not know are zero"
 
   schedule.unknown[3] = 1;
   CHECK(mla_schedule(call.plan, &schedule.known, nullptr) == MLA_INVALID_ARGUMENT);
-  CHECK(std::string(mla_last_error()) == "args: bytes past the 40 that this library knows must be zero, got 1 at offset 43; use a newer library");
+  CHECK(std::string(mla_last_error()) ==
+        "args: bytes past the 40 that this library knows must be zero, got 1 at offset 43; use a newer library");
   decode.unknown[0] = 255;
   CHECK(mla_decode(call.plan, &decode.known, nullptr) == MLA_INVALID_ARGUMENT);
   problem.unknown[15] = 1;
@@ -92,7 +93,8 @@ TEST_CASE("a struct_size that no header has is refused in every function") {
     mla_merge_args merge = {};
     merge.struct_size = size;
     CHECK(mla_merge(call.context, &merge, nullptr) == MLA_INVALID_ARGUMENT);
-    CHECK(std::string(mla_last_error()).find("args: struct_size must be sizeof of the struct (40 in this library), got ") == 0);
+    CHECK(std::string(mla_last_error())
+              .find("args: struct_size must be sizeof of the struct (40 in this library), got ") == 0);
     call.schedule_args.struct_size = size;
     CHECK(call.run_schedule() == MLA_INVALID_ARGUMENT);
     call.decode_args.struct_size = size;

@@ -30,7 +30,8 @@ static float value(uint32_t i) {
 }
 
 int main(void) {
-  static float q[BATCH * HEADS * HEAD_DIM], cache[PAGES * PAGE_SIZE * HEAD_DIM], out[BATCH * HEADS * VALUE_DIM], lse[BATCH * HEADS];
+  static float q[BATCH * HEADS * HEAD_DIM], cache[PAGES * PAGE_SIZE * HEAD_DIM], out[BATCH * HEADS * VALUE_DIM],
+      lse[BATCH * HEADS];
   const int32_t lengths[BATCH] = {130, 0, 77};
   int32_t table[BATCH * WIDTH];
   uint32_t i;
@@ -58,20 +59,23 @@ int main(void) {
 
   /* Once a step: the lengths. */
   mla_tensor_storage lengths_t, q_t, cache_t, table_t, out_t, lse_t;
-  const mla_schedule_args step = {
-      .struct_size = sizeof step,
-      .cache_seqlens = mla_tensor_init(&lengths_t, (void*)lengths, MLA_DTYPE_INT32, MLA_DEVICE_CPU, 0, 1, (int64_t[]){BATCH}, NULL),
-      .schedule = schedule,
-      .schedule_bytes = info.schedule_bytes};
+  const mla_schedule_args step = {.struct_size = sizeof step,
+                                  .cache_seqlens = mla_tensor_init(&lengths_t, (void*)lengths, MLA_DTYPE_INT32,
+                                                                   MLA_DEVICE_CPU, 0, 1, (int64_t[]){BATCH}, NULL),
+                                  .schedule = schedule,
+                                  .schedule_bytes = info.schedule_bytes};
   check(mla_schedule(plan, &step, NULL));
 
   /* Once a layer: attention. */
   const mla_decode_args layer = {
       .struct_size = sizeof layer,
       .q = mla_tensor_init(&q_t, q, MLA_DTYPE_FP32, MLA_DEVICE_CPU, 0, 4, (int64_t[]){BATCH, 1, HEADS, HEAD_DIM}, NULL),
-      .kv_cache = mla_tensor_init(&cache_t, cache, MLA_DTYPE_FP32, MLA_DEVICE_CPU, 0, 4, (int64_t[]){PAGES, PAGE_SIZE, 1, HEAD_DIM}, NULL),
-      .block_table = mla_tensor_init(&table_t, table, MLA_DTYPE_INT32, MLA_DEVICE_CPU, 0, 2, (int64_t[]){BATCH, WIDTH}, NULL),
-      .out = mla_tensor_init(&out_t, out, MLA_DTYPE_FP32, MLA_DEVICE_CPU, 0, 4, (int64_t[]){BATCH, 1, HEADS, VALUE_DIM}, NULL),
+      .kv_cache = mla_tensor_init(&cache_t, cache, MLA_DTYPE_FP32, MLA_DEVICE_CPU, 0, 4,
+                                  (int64_t[]){PAGES, PAGE_SIZE, 1, HEAD_DIM}, NULL),
+      .block_table =
+          mla_tensor_init(&table_t, table, MLA_DTYPE_INT32, MLA_DEVICE_CPU, 0, 2, (int64_t[]){BATCH, WIDTH}, NULL),
+      .out = mla_tensor_init(&out_t, out, MLA_DTYPE_FP32, MLA_DEVICE_CPU, 0, 4, (int64_t[]){BATCH, 1, HEADS, VALUE_DIM},
+                             NULL),
       .lse = mla_tensor_init(&lse_t, lse, MLA_DTYPE_FP32, MLA_DEVICE_CPU, 0, 3, (int64_t[]){BATCH, 1, HEADS}, NULL),
       .schedule = schedule,
       .schedule_bytes = info.schedule_bytes,
@@ -84,8 +88,8 @@ int main(void) {
       const float* row = out + (request * HEADS + head) * VALUE_DIM;
       double sum = 0;
       for (int column = 0; column < VALUE_DIM; ++column) sum += row[column];
-      printf("request %d token 0 head %d lse %.5f out[0] %.5f out[511] %.5f sum %.4f\n", request, head, lse[request * HEADS + head], row[0],
-             row[VALUE_DIM - 1], sum);
+      printf("request %d token 0 head %d lse %.5f out[0] %.5f out[511] %.5f sum %.4f\n", request, head,
+             lse[request * HEADS + head], row[0], row[VALUE_DIM - 1], sum);
     }
   }
   mla_plan_destroy(plan);

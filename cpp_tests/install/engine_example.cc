@@ -16,7 +16,8 @@ float value(uint32_t i) {
 }
 
 int main() try {
-  std::vector<float> q(kBatch * kHeads * kHeadDim), cache(kPages * kPageSize * kHeadDim), out(kBatch * kHeads * kValueDim), lse(kBatch * kHeads);
+  std::vector<float> q(kBatch * kHeads * kHeadDim), cache(kPages * kPageSize * kHeadDim),
+      out(kBatch * kHeads * kValueDim), lse(kBatch * kHeads);
   std::vector<int32_t> lengths = {130, 0, 77}, table(kBatch * kWidth);
   for (uint32_t i = 0; i < q.size(); ++i) q[i] = value(i);
   for (uint32_t i = 0; i < cache.size(); ++i) cache[i] = value(i + 1000000);
@@ -42,9 +43,10 @@ int main() try {
 
   for (int64_t row = 0; row < kBatch * kHeads; ++row) {
     const std::span<const float> columns(out.data() + row * kValueDim, kValueDim);
-    std::printf("request %d token 0 head %d lse %.5f out[0] %.5f out[511] %.5f sum %.4f\n", static_cast<int>(row / kHeads),
-                static_cast<int>(row % kHeads), static_cast<double>(lse[row]), static_cast<double>(columns.front()),
-                static_cast<double>(columns.back()), std::accumulate(columns.begin(), columns.end(), 0.0));
+    std::printf("request %d token 0 head %d lse %.5f out[0] %.5f out[511] %.5f sum %.4f\n",
+                static_cast<int>(row / kHeads), static_cast<int>(row % kHeads), static_cast<double>(lse[row]),
+                static_cast<double>(columns.front()), static_cast<double>(columns.back()),
+                std::accumulate(columns.begin(), columns.end(), 0.0));
   }
 } catch (const mla::Error& error) {
   std::fprintf(stderr, "%s: %s\n", mla_status_string(error.status()), error.what());

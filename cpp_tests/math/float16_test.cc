@@ -17,7 +17,8 @@ struct Format {
   uint16_t infinity;
 };
 
-const Format kFormats[] = {{"bf16", bf16_to_float, float_to_bf16, 0x7f80}, {"fp16", fp16_to_float, float_to_fp16, 0x7c00}};
+const Format kFormats[] = {{"bf16", bf16_to_float, float_to_bf16, 0x7f80},
+                           {"fp16", fp16_to_float, float_to_fp16, 0x7c00}};
 
 // What the pattern after the largest finite one would be worth, for rounding to infinity.
 double magnitude_of(const Format& f, uint16_t pattern) {
@@ -75,7 +76,8 @@ TEST_CASE("narrowing takes the nearer neighbour, and the even one of two equally
     }
     // The values between two patterns: exact ties and their float neighbours.
     for (uint16_t bits = 0; bits < f.infinity; ++bits) {
-      const auto tie = static_cast<float>((magnitude_of(f, bits) + magnitude_of(f, static_cast<uint16_t>(bits + 1))) / 2);
+      const auto tie =
+          static_cast<float>((magnitude_of(f, bits) + magnitude_of(f, static_cast<uint16_t>(bits + 1))) / 2);
       check(std::nextafter(tie, 0.0f));
       check(tie);
       if (std::isfinite(std::nextafter(tie, INFINITY))) check(std::nextafter(tie, INFINITY));

@@ -22,8 +22,10 @@ struct Rows {
 
   Rows(int32_t type, int64_t rows, int64_t row_columns) : dtype(type), columns(row_columns) {
     const auto n = static_cast<size_t>(rows * (columns + kGap));
-    if (dtype == MLA_DTYPE_FP32) wide.assign(n, NAN);
-    else narrow.assign(n, 0x7fff);
+    if (dtype == MLA_DTYPE_FP32)
+      wide.assign(n, NAN);
+    else
+      narrow.assign(n, 0x7fff);
   }
   static constexpr int64_t kGap = 3;
   int64_t stride() const { return columns + kGap; }
@@ -35,8 +37,10 @@ struct Rows {
   }
   void set(int64_t row, int64_t column, float value) {
     const auto i = static_cast<size_t>(row * stride() + column);
-    if (dtype == MLA_DTYPE_FP32) wide[i] = value;
-    else narrow[i] = dtype == MLA_DTYPE_BF16 ? mla::math::float_to_bf16(value) : mla::math::float_to_fp16(value);
+    if (dtype == MLA_DTYPE_FP32)
+      wide[i] = value;
+    else
+      narrow[i] = dtype == MLA_DTYPE_BF16 ? mla::math::float_to_bf16(value) : mla::math::float_to_fp16(value);
   }
 };
 
@@ -61,13 +65,14 @@ void check_merge(const mla::Context& context, const Case& c, uint32_t seed) {
     }
   }
   const int64_t in_stride = in.stride(), out_stride = out.stride();
-  context.merge({.out_parts = mla::Tensor(in.data(), c.in_dtype, {c.parts, c.tokens, c.heads, c.dim},
-                                          {rows * in_stride, c.heads * in_stride, in_stride, 1}),
-                 .lse_parts = mla::Tensor(lse_in.data(), MLA_DTYPE_FP32, {c.parts, c.tokens, c.heads}),
-                 // heads outermost in lse: any strides
-                 .out = mla::Tensor(out.data(), c.out_dtype, {c.tokens, c.heads, c.dim}, {c.heads * out_stride, out_stride, 1}),
-                 .lse = mla::Tensor(lse.data(), MLA_DTYPE_FP32, {c.tokens, c.heads}, {1, c.tokens}),
-                 .flags = c.is_base2 ? static_cast<uint32_t>(MLA_PROBLEM_LSE_BASE2) : 0u});
+  context.merge(
+      {.out_parts = mla::Tensor(in.data(), c.in_dtype, {c.parts, c.tokens, c.heads, c.dim},
+                                {rows * in_stride, c.heads * in_stride, in_stride, 1}),
+       .lse_parts = mla::Tensor(lse_in.data(), MLA_DTYPE_FP32, {c.parts, c.tokens, c.heads}),
+       // heads outermost in lse: any strides
+       .out = mla::Tensor(out.data(), c.out_dtype, {c.tokens, c.heads, c.dim}, {c.heads * out_stride, out_stride, 1}),
+       .lse = mla::Tensor(lse.data(), MLA_DTYPE_FP32, {c.tokens, c.heads}, {1, c.tokens}),
+       .flags = c.is_base2 ? static_cast<uint32_t>(MLA_PROBLEM_LSE_BASE2) : 0u});
 
   const double unit = c.is_base2 ? std::log(2.0) : 1.0;
   // One rounding of the result's type, and fp32 arithmetic on weights whose exponents go up to some 50.
@@ -78,10 +83,12 @@ void check_merge(const mla::Context& context, const Case& c, uint32_t seed) {
       const int64_t row = token * c.heads + head;
       CAPTURE(row);
       double max = -kInf, sum = 0;
-      for (int64_t p = 0; p < c.parts; ++p) max = std::max(max, unit * static_cast<double>(lse_in[static_cast<size_t>(p * rows + row)]));
+      for (int64_t p = 0; p < c.parts; ++p)
+        max = std::max(max, unit * static_cast<double>(lse_in[static_cast<size_t>(p * rows + row)]));
       std::vector<double> weights(static_cast<size_t>(c.parts), 0.0);
       for (int64_t p = 0; p < c.parts && max != -kInf; ++p) {
-        sum += weights[static_cast<size_t>(p)] = std::exp(unit * static_cast<double>(lse_in[static_cast<size_t>(p * rows + row)]) - max);
+        sum += weights[static_cast<size_t>(p)] =
+            std::exp(unit * static_cast<double>(lse_in[static_cast<size_t>(p * rows + row)]) - max);
       }
       const double got_lse = static_cast<double>(lse[static_cast<size_t>(head * c.tokens + token)]);
       if (sum == 0) {

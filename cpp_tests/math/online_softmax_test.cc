@@ -20,7 +20,8 @@ struct Partial {
   T out, lse2;
 };
 
-Partial<double> attend(const std::vector<double>& scores2, const std::vector<double>& values, size_t begin, size_t end) {
+Partial<double> attend(const std::vector<double>& scores2, const std::vector<double>& values, size_t begin,
+                       size_t end) {
   double max = -kInf;
   for (size_t j = begin; j < end; ++j) max = std::max(max, scores2[j]);
   double sum = 0, out = 0;
@@ -93,7 +94,8 @@ TEST_CASE("the sink joins the denominator of out") {
   std::normal_distribution<double> normal;
   for (int round = 0; round < 200; ++round) {
     const double lse2 = 10 * normal(rng), sink2 = 10 * normal(rng);
-    CHECK(sink_factor(lse2, sink2) == doctest::Approx(std::exp2(lse2) / (std::exp2(lse2) + std::exp2(sink2))).epsilon(1e-12));
+    CHECK(sink_factor(lse2, sink2) ==
+          doctest::Approx(std::exp2(lse2) / (std::exp2(lse2) + std::exp2(sink2))).epsilon(1e-12));
   }
   CHECK(sink_factor(-kInf, 1.0) == 1.0);
   CHECK(sink_factor(1.0, -kInf) == 1.0);

@@ -78,7 +78,8 @@ using ItemKey = std::pair<int32_t, int32_t>;  // request, item
 std::vector<std::vector<Piece>> walk(const Batch& b, const std::byte* bytes) {
   std::vector<std::vector<Piece>> parts(static_cast<size_t>(b.config.parts));
   for (int32_t p = 0; p < b.config.parts; ++p) {
-    for_each_piece(b.config, ConstView(bytes, b.layout()), p, [&](const Piece& piece, int32_t) { parts[static_cast<size_t>(p)].push_back(piece); });
+    for_each_piece(b.config, ConstView(bytes, b.layout()), p,
+                   [&](const Piece& piece, int32_t) { parts[static_cast<size_t>(p)].push_back(piece); });
   }
   return parts;
 }
@@ -132,7 +133,8 @@ TEST_CASE("a balanced part costs at most its even share and one overhead") {
     const int64_t total = ConstView(bytes.data(), b.layout()).header()->total_cost;
     for (const auto& part : parts) {
       int64_t cost = 0;
-      for (const Piece& piece : part) cost += piece.end_block - piece.begin_block + (piece.begin_block == 0 ? b.config.overhead_blocks : 0);
+      for (const Piece& piece : part)
+        cost += piece.end_block - piece.begin_block + (piece.begin_block == 0 ? b.config.overhead_blocks : 0);
       REQUIRE(cost <= ceil_div(total, b.config.parts) + b.config.overhead_blocks);
     }
   });
@@ -237,8 +239,15 @@ TEST_CASE("part_at inverts part_position") {
 TEST_CASE("the slot bound is met by the worst batch") {
   Problem p{};
   p.max_batch = 8, p.q_len = 1, p.max_q_tokens = 8, p.q_heads = p.kv_heads = 1;
-  Config c{.block_tokens = 64, .item_rows = 1, .heads_per_kv_head = 1, .kv_heads = 1, .parts = 4, .overhead_blocks = 1, .chunk_blocks = 2,
-           .plan_key = 0, .slots = 0};
+  Config c{.block_tokens = 64,
+           .item_rows = 1,
+           .heads_per_kv_head = 1,
+           .kv_heads = 1,
+           .parts = 4,
+           .overhead_blocks = 1,
+           .chunk_blocks = 2,
+           .plan_key = 0,
+           .slots = 0};
   p.max_len = 129;  // one token more than a chunk: two slots each
   p.max_tokens = 8 * 129;
   CHECK(slots_needed(c, p) == 16);

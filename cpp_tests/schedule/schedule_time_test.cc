@@ -38,13 +38,15 @@ TEST_CASE("100,000 requests are scheduled in under 5 ms on one core") {
     std::vector<int32_t> lengths(kBatch);
     for (int32_t& len : lengths) len = static_cast<int32_t>(rng() % 4 == 0 ? rng() % 6000 : rng() % 200);
     const std::unique_ptr<void, decltype(&std::free)> buffer(
-        std::aligned_alloc(info.schedule_alignment, (info.schedule_bytes + info.schedule_alignment - 1) / info.schedule_alignment * info.schedule_alignment),
+        std::aligned_alloc(info.schedule_alignment, (info.schedule_bytes + info.schedule_alignment - 1) /
+                                                        info.schedule_alignment * info.schedule_alignment),
         &std::free);
     mla_tensor_storage storage;
     const int64_t shape[] = {kBatch};
     mla_schedule_args args = {};
     args.struct_size = sizeof args;
-    args.cache_seqlens = mla_tensor_init(&storage, lengths.data(), MLA_DTYPE_INT32, MLA_DEVICE_CPU, 0, 1, shape, nullptr);
+    args.cache_seqlens =
+        mla_tensor_init(&storage, lengths.data(), MLA_DTYPE_INT32, MLA_DEVICE_CPU, 0, 1, shape, nullptr);
     args.schedule = buffer.get();
     args.schedule_bytes = info.schedule_bytes;
 
@@ -53,7 +55,8 @@ TEST_CASE("100,000 requests are scheduled in under 5 ms on one core") {
     for (int i = 0; i < 50; ++i) {
       const auto begin = std::chrono::steady_clock::now();
       REQUIRE_MESSAGE(mla_schedule(plan, &args, nullptr) == MLA_OK, mla_last_error());
-      best_ms = std::min(best_ms, std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
+      best_ms = std::min(best_ms,
+                         std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
     }
     MESSAGE("policy ", policy, ": ", best_ms, " ms, best of 50");
     CHECK(best_ms < kLimitMs);

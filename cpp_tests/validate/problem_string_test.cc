@@ -25,7 +25,8 @@ mla_problem parse(const std::string& text) {
 
 TEST_CASE("each part of the string sets its field") {
   const mla_problem p = parse(
-      "sparse:fp16:b128:q2:h64:k4:d320:v256:p16:l1000:t200:m5000:kve4m3:outfp32:fp8656:causal:ragged:lse2:tree:extra:debug:chunk128:top64:cp1of4:"
+      "sparse:fp16:b128:q2:h64:k4:d320:v256:p16:l1000:t200:m5000:kve4m3:outfp32:fp8656:causal:ragged:lse2:tree:extra:"
+      "debug:chunk128:top64:cp1of4:"
       "scale0.5:cuda3");
   CHECK(p.struct_size == sizeof(mla_problem));
   CHECK(p.q_dtype == MLA_DTYPE_FP16);
@@ -52,7 +53,8 @@ TEST_CASE("each part of the string sets its field") {
   CHECK(p.device_type == MLA_DEVICE_CUDA);
   CHECK(p.device_id == 3);
   CHECK(format(p) ==
-        "sparse:fp16:b128:q2:h64:k4:d320:v256:p16:l1000:t200:m5000:kve4m3:outfp32:fp8656:causal:ragged:lse2:tree:extra:debug:chunk128:top64:cp1of4:"
+        "sparse:fp16:b128:q2:h64:k4:d320:v256:p16:l1000:t200:m5000:kve4m3:outfp32:fp8656:causal:ragged:lse2:tree:extra:"
+        "debug:chunk128:top64:cp1of4:"
         "scale0.5:cuda3");
 }
 
@@ -61,7 +63,8 @@ TEST_CASE("what is not named has its default, and defaults are not written") {
   REQUIRE(mla_problem_init(&init) == MLA_OK);
   const mla_problem parsed = parse("dense:bf16");
   CHECK(std::memcmp(&parsed, &init, sizeof init) == 0);
-  CHECK(format(parse("dense:bf16:causal:l16384:h128:b128")) == "dense:bf16:b128:q1:h128:k1:d576:v512:p64:l16384:causal");
+  CHECK(format(parse("dense:bf16:causal:l16384:h128:b128")) ==
+        "dense:bf16:b128:q1:h128:k1:d576:v512:p64:l16384:causal");
   mla_problem p = parse("dense:bf16:b2:h4:l100");
   p.max_q_tokens = 2, p.max_tokens = 200, p.kv_dtype = p.out_dtype = MLA_DTYPE_BF16, p.softmax_scale = 1.0f / 24.0f;
   CHECK(format(p) == "dense:bf16:b2:q1:h4:k1:d576:v512:p64:l100");
@@ -110,10 +113,30 @@ TEST_CASE("a random problem comes back from its string, and the string from the 
 }
 
 TEST_CASE("strings that say nothing valid are refused and the problem is left alone") {
-  const char* const bad[] = {"",           "dense",           "bf16",           "dense:",           "dense:bf17",       "dense:bf16:",        "dense:bf16::b1",
-                             "dense:bf16:b", "dense:bf16:b-1", "dense:bf16:b1.5", "dense:bf16:b1 ",   "dense:bf16:z3",    "dense:bf16:b1:b1",   "dense:bf16:causal:causal",
-                             "dense:bf16:h99999999999", "dense:bf16:b99999999999999999999", "dense:bf16:top5", "sparse:bf16", "dense:bf16:cp1",
-                             "dense:bf16:scale", "dense:bf16:scalex", "dense:bf16:kvbf17", "dense:bf16:cuda", "Dense:bf16"};
+  const char* const bad[] = {"",
+                             "dense",
+                             "bf16",
+                             "dense:",
+                             "dense:bf17",
+                             "dense:bf16:",
+                             "dense:bf16::b1",
+                             "dense:bf16:b",
+                             "dense:bf16:b-1",
+                             "dense:bf16:b1.5",
+                             "dense:bf16:b1 ",
+                             "dense:bf16:z3",
+                             "dense:bf16:b1:b1",
+                             "dense:bf16:causal:causal",
+                             "dense:bf16:h99999999999",
+                             "dense:bf16:b99999999999999999999",
+                             "dense:bf16:top5",
+                             "sparse:bf16",
+                             "dense:bf16:cp1",
+                             "dense:bf16:scale",
+                             "dense:bf16:scalex",
+                             "dense:bf16:kvbf17",
+                             "dense:bf16:cuda",
+                             "Dense:bf16"};
   for (const char* text : bad) {
     CAPTURE(text);
     mla_problem problem, before;
@@ -125,7 +148,8 @@ TEST_CASE("strings that say nothing valid are refused and the problem is left al
   }
   mla_problem problem;
   CHECK(mla_problem_parse(&problem, "dense:bf16:z3") == MLA_INVALID_ARGUMENT);
-  CHECK(std::string(mla_last_error()) == "text: every part must be one that mla.h names, with a number in range, got \"z3\"");
+  CHECK(std::string(mla_last_error()) ==
+        "text: every part must be one that mla.h names, with a number in range, got \"z3\"");
   CHECK(mla_problem_parse(&problem, nullptr) == MLA_INVALID_ARGUMENT);
   CHECK(mla_problem_parse(nullptr, "dense:bf16") == MLA_INVALID_ARGUMENT);
 }

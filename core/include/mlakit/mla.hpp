@@ -73,12 +73,13 @@ inline std::string to_string(const mla_problem& problem) {
 class Tensor {
  public:
   // strides in elements; {}: compact, row major. The memory is written only if the tensor is given as a result.
-  Tensor(const void* data, int32_t dtype, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides = {},
-         mla_device device = {MLA_DEVICE_CPU, 0}) {
-    if (strides.size() != 0 && strides.size() != shape.size()) throw Error(MLA_INVALID_ARGUMENT, "strides: must be as many as the sizes of shape");
-    const mla_tensor* made =
-        mla_tensor_init(&storage_, const_cast<void*>(data), dtype, device.device_type, device.device_id, static_cast<int32_t>(shape.size()),
-                        shape.begin(), strides.size() != 0 ? strides.begin() : nullptr);
+  Tensor(const void* data, int32_t dtype, std::initializer_list<int64_t> shape,
+         std::initializer_list<int64_t> strides = {}, mla_device device = {MLA_DEVICE_CPU, 0}) {
+    if (strides.size() != 0 && strides.size() != shape.size())
+      throw Error(MLA_INVALID_ARGUMENT, "strides: must be as many as the sizes of shape");
+    const mla_tensor* made = mla_tensor_init(&storage_, const_cast<void*>(data), dtype, device.device_type,
+                                             device.device_id, static_cast<int32_t>(shape.size()), shape.begin(),
+                                             strides.size() != 0 ? strides.begin() : nullptr);
     if (made == nullptr) throw Error(MLA_INVALID_ARGUMENT, mla_last_error());
   }
 
@@ -217,7 +218,8 @@ class Plan {
   }
 
   // cu_seqlens_q: ragged q only.
-  void schedule(const Buffers& work, const TensorRef& cache_seqlens, const TensorRef& cu_seqlens_q = {}, void* stream = nullptr) const {
+  void schedule(const Buffers& work, const TensorRef& cache_seqlens, const TensorRef& cu_seqlens_q = {},
+                void* stream = nullptr) const {
     mla_schedule_args in = {};
     in.struct_size = sizeof in;
     in.cache_seqlens = cache_seqlens.tensor;
@@ -282,7 +284,8 @@ class Workspace {
  private:
   Workspace(int32_t device_type, const mla_plan_info& info)
       : schedule_(info.schedule_bytes, info.schedule_alignment), scratch_(info.scratch_bytes, info.scratch_alignment) {
-    if (device_type != MLA_DEVICE_CPU) throw Error(MLA_INVALID_ARGUMENT, "plan: must be a CPU plan, got a CUDA plan; pass Buffers on its device");
+    if (device_type != MLA_DEVICE_CPU)
+      throw Error(MLA_INVALID_ARGUMENT, "plan: must be a CPU plan, got a CUDA plan; pass Buffers on its device");
   }
   HostBlock schedule_, scratch_;
 };

@@ -35,7 +35,7 @@ constexpr uint16_t float_to_fp16(float value) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on: infinity
-  if (magnitude < 0x38800000u) {                                              // below 2^-14: a multiple of 2^-24
+  if (magnitude < 0x38800000u) {                                               // below 2^-14: a multiple of 2^-24
     if (magnitude < 0x33000000u) return static_cast<uint16_t>(sign);           // below half of the smallest
     const uint32_t shift = 126u - (magnitude >> 23);                           // 14 .. 24
     const uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;

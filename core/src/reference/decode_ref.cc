@@ -15,18 +15,26 @@ constexpr double kLn2 = 0.693147180559945309417;
 
 double load(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::kBf16: return math::bf16_to_float(static_cast<const uint16_t*>(data)[index]);
-    case DType::kFp16: return math::fp16_to_float(static_cast<const uint16_t*>(data)[index]);
-    default: return static_cast<const float*>(data)[index];
+    case DType::kBf16:
+      return math::bf16_to_float(static_cast<const uint16_t*>(data)[index]);
+    case DType::kFp16:
+      return math::fp16_to_float(static_cast<const uint16_t*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
   }
 }
 
 void store(void* data, DType dtype, int64_t index, double value) {
   const float narrow = static_cast<float>(value);
   switch (dtype) {
-    case DType::kBf16: static_cast<uint16_t*>(data)[index] = math::float_to_bf16(narrow); break;
-    case DType::kFp16: static_cast<uint16_t*>(data)[index] = math::float_to_fp16(narrow); break;
-    default: static_cast<float*>(data)[index] = narrow;
+    case DType::kBf16:
+      static_cast<uint16_t*>(data)[index] = math::float_to_bf16(narrow);
+      break;
+    case DType::kFp16:
+      static_cast<uint16_t*>(data)[index] = math::float_to_fp16(narrow);
+      break;
+    default:
+      static_cast<float*>(data)[index] = narrow;
   }
 }
 
@@ -42,16 +50,24 @@ struct KvRow {
   DType dtype;
 
   double operator[](int32_t column) const {
-    return column < split ? load(first, dtype, first_offset + column) : load(second, dtype, second_offset + column - split);
+    return column < split ? load(first, dtype, first_offset + column)
+                          : load(second, dtype, second_offset + column - split);
   }
 };
 
 KvRow kv_row(const Problem& p, const DecodeCall& call, int32_t request, int64_t key, int32_t kv_head) {
   const int64_t page = call.block_table.data[request * call.block_table.row_stride + key / p.page_size];
   const int64_t token = key % p.page_size;
-  const auto offset = [&](const CacheView& view) { return page * view.page_stride + token * view.token_stride + kv_head * view.head_stride; };
+  const auto offset = [&](const CacheView& view) {
+    return page * view.page_stride + token * view.token_stride + kv_head * view.head_stride;
+  };
   const bool has_rope = call.kv_rope.data != nullptr;
-  return {call.kv.data, offset(call.kv), call.kv_rope.data, has_rope ? offset(call.kv_rope) : 0, has_rope ? p.value_dim : p.head_dim, p.kv_dtype};
+  return {call.kv.data,
+          offset(call.kv),
+          call.kv_rope.data,
+          has_rope ? offset(call.kv_rope) : 0,
+          has_rope ? p.value_dim : p.head_dim,
+          p.kv_dtype};
 }
 
 // One query token of a request with its schedule's facts.
@@ -63,11 +79,15 @@ struct Query {
 };
 
 // scores: double[max_len], sum: double[value_dim].
-void decode_row(const Problem& p, const DecodeCall& call, const Query& query, int32_t head, double* scores, double* sum) {
-  const auto offset = [&](const RowView& view) { return view.offset(p.is_ragged, query.request, query.q_begin, query.token, head); };
+void decode_row(const Problem& p, const DecodeCall& call, const Query& query, int32_t head, double* scores,
+                double* sum) {
+  const auto offset = [&](const RowView& view) {
+    return view.offset(p.is_ragged, query.request, query.q_begin, query.token, head);
+  };
   const auto q = [&](int32_t column) {
     const bool is_rope = call.q_rope.data != nullptr && column >= p.value_dim;
-    return is_rope ? load(call.q_rope.data, p.q_dtype, offset(call.q_rope) + column - p.value_dim) : load(call.q.data, p.q_dtype, offset(call.q) + column);
+    return is_rope ? load(call.q_rope.data, p.q_dtype, offset(call.q_rope) + column - p.value_dim)
+                   : load(call.q.data, p.q_dtype, offset(call.q) + column);
   };
   const int32_t kv_head = head / p.heads_per_kv_head();
 
@@ -104,8 +124,15 @@ Status plan(Plan& plan) {
   const Problem& p = plan.problem;
   plan.variant = "double";
   // The schedule serves as the snapshot of the lengths; one part, since nothing is ever cut.
-  plan.config = {.block_tokens = 64, .item_rows = 1, .heads_per_kv_head = p.heads_per_kv_head(), .kv_heads = p.kv_heads, .parts = 1,
-                 .overhead_blocks = 1, .chunk_blocks = 0, .plan_key = 0, .slots = 0};
+  plan.config = {.block_tokens = 64,
+                 .item_rows = 1,
+                 .heads_per_kv_head = p.heads_per_kv_head(),
+                 .kv_heads = p.kv_heads,
+                 .parts = 1,
+                 .overhead_blocks = 1,
+                 .chunk_blocks = 0,
+                 .plan_key = 0,
+                 .slots = 0};
   plan.scratch_bytes = sizeof(double) * static_cast<size_t>(p.max_len + p.value_dim);
   return Status::ok();
 }
@@ -118,9 +145,11 @@ Status decode(const Plan& plan, const DecodeCall& call, void*) {
   for (int32_t request = 0; request < call.batch; ++request) {
     const int64_t q_tokens = schedule.q_tokens(request);
     const int64_t len = schedule.len()[request];
-    const int64_t global_len = p.needs_global_len() ? call.global_seqlens.data[request * call.global_seqlens.stride] : len;
+    const int64_t global_len =
+        p.needs_global_len() ? call.global_seqlens.data[request * call.global_seqlens.stride] : len;
     for (int64_t token = 0; token < q_tokens; ++token) {
-      const Query query = {request, schedule.q_begin()[request], token, p.visible_tokens(len, global_len, q_tokens, token)};
+      const Query query = {request, schedule.q_begin()[request], token,
+                           p.visible_tokens(len, global_len, q_tokens, token)};
       for (int32_t head = 0; head < p.q_heads; ++head) decode_row(p, call, query, head, scores, sum);
     }
   }
@@ -138,7 +167,9 @@ Status merge(const Context&, const MergeCall& call, void*) {
       double max_lse = -kInf;
       for (int64_t part = 0; part < call.parts; ++part) max_lse = max_keep_nan(max_lse, part_lse(part));
       // A part that saw no key weighs nothing, whatever its out holds.
-      const auto weight = [&](int64_t part) { return part_lse(part) == -kInf ? 0.0 : std::exp(part_lse(part) - max_lse); };
+      const auto weight = [&](int64_t part) {
+        return part_lse(part) == -kInf ? 0.0 : std::exp(part_lse(part) - max_lse);
+      };
       double denominator = 0;
       for (int64_t part = 0; part < call.parts; ++part) denominator += weight(part);
 
@@ -147,9 +178,11 @@ Status merge(const Context&, const MergeCall& call, void*) {
         for (int64_t part = 0; part < call.parts; ++part) {
           if (part_lse(part) == -kInf) continue;
           const int64_t* stride = call.out_parts_stride;
-          sum += weight(part) * load(call.out_parts, call.in_dtype, part * stride[0] + token * stride[1] + head * stride[2] + column);
+          sum += weight(part) *
+                 load(call.out_parts, call.in_dtype, part * stride[0] + token * stride[1] + head * stride[2] + column);
         }
-        store(call.out, call.out_dtype, token * call.out_stride[0] + head * call.out_stride[1] + column, denominator == 0 ? 0 : sum / denominator);
+        store(call.out, call.out_dtype, token * call.out_stride[0] + head * call.out_stride[1] + column,
+              denominator == 0 ? 0 : sum / denominator);
       }
       if (call.lse != nullptr) {
         const double lse = denominator == 0 ? -kInf : (max_lse + std::log(denominator)) / unit;
