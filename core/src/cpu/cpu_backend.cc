@@ -63,17 +63,19 @@ Scratch take_slots(Workspace& workspace, const Plan& plan) {
 LaneScratch take_lane(Workspace& workspace, const Plan& plan, const CpuPlan& cpu_plan) {
   constexpr size_t kLane = 256;  // no cache line, nor its prefetched neighbour, is shared by two lanes
   const Problem& p = plan.problem;
-  const size_t rows = round_up(plan.config.item_rows, cpu_plan.kernel->lanes);
-  const size_t tokens = cpu::kBlockTokens + cpu::kMaxTile;
+  const int32_t lanes = cpu_plan.kernel->lanes;
+  const size_t rows = round_up(plan.config.item_rows, lanes);
+  const size_t strip_lanes = 2 * lanes;
+  const bool has_pairs = cpu_plan.math == cpu::Math::kBf16Pairs;
   LaneScratch w{};
-  w.value_stride = spread_stride(p.head_dim + 15);  // the rope columns of two views are written in whole vectors, wherever they begin
-  w.out_stride = spread_stride(p.value_dim);
-  w.q = workspace.take<uint32_t>(rows * p.head_dim, kLane);
-  w.scores = workspace.take<float>(tokens * rows, kLane);
-  w.weights = workspace.take<uint32_t>(tokens * rows);
-  w.values = workspace.take<uint32_t>(static_cast<size_t>(cpu::kBlockTokens) * w.value_stride);
-  w.out = workspace.take<float>((rows + cpu::kMaxTile) * w.out_stride);
-  w.row = workspace.take<float>(w.value_stride);
+  w.row_stride = spread_stride(p.head_dim + 15);  // the rope columns of two views are written in whole vectors, wherever they begin
+  w.out_stride = spread_stride(round_up(p.value_dim, static_cast<int32_t>(strip_lanes)));
+  w.q = workspace.take<uint32_t>(rows * (has_pairs ? p.head_dim / 2 : p.head_dim), kLane);
+  w.scores = workspace.take<float>((cpu::kMaxStep + cpu::kMaxTile) * strip_lanes, kLane);
+  w.weights = workspace.take<uint32_t>(cpu::kBlockTokens * (rows + cpu::kMaxTile));
+  w.values = workspace.take<uint32_t>(has_pairs ? cpu::kMaxStep * strip_lanes : static_cast<size_t>(cpu::kBlockTokens) * w.row_stride);
+  w.rows = workspace.take<uint32_t>(4 * static_cast<size_t>(w.row_stride));
+  w.out = workspace.take<float>(rows * w.out_stride);
   w.row_max = workspace.take<float>(rows);
   w.row_sum = workspace.take<float>(rows);
   w.rescale = workspace.take<float>(rows);

@@ -14,8 +14,9 @@ enum class Elem : int32_t { kBf16 = 1, kFp16 = 2, kFp32 = 3 };
 // What the matrix products work on. A word is 32 bits: one fp32 value, or two bf16 values that are neighbours in the summed dimension.
 enum class Math : int32_t { kFp32 = 0, kBf16Pairs = 1 };
 
-inline constexpr int32_t kBlockTokens = 64;  // keys of one step of the online softmax, and the unit of the schedule
-inline constexpr int32_t kMaxTile = 8;       // rows or keys of a tile of the products, at most: how far edges of scratch are overrun
+inline constexpr int32_t kBlockTokens = 64;  // unit of the schedule
+inline constexpr int32_t kMaxStep = 128;     // keys of one step of the online softmax, at most
+inline constexpr int32_t kMaxTile = 8;        // keys or rows of a tile of the products, at most
 
 // Rows of one request and one kv head: row r is query token r / heads, head r % heads of the group. Strides in elements.
 struct Rows {
@@ -55,19 +56,18 @@ struct AttendArgs {
 
 // What one running task works in. Sizes are set by lane_scratch() in cpu_backend.cc.
 struct LaneScratch {
-  uint32_t* q;       // words [strip][head_dim words][lanes of the strip]
-  float* scores;     // [kBlockTokens][padded rows]
-  uint32_t* weights; // words [kBlockTokens words][padded rows]
-  uint32_t* values;  // fp32: the block's rows [kBlockTokens][value_stride]; bf16: its pairs of keys [kBlockTokens / 2][value_stride]
-  float* out;        // [padded rows][out_stride]
-  float* row;        // one row: head_dim words, and 15 more
-  float* row_max;    // [padded rows] each
+  uint32_t* q;        // words [strip of rows][head_dim words][lanes of the strip]
+  float* scores;      // [kMaxStep][lanes of a strip]
+  uint32_t* weights;  // [kMaxStep words][padded rows]
+  uint32_t* values;   // fp32: the step's rows [kBlockTokens][row_stride]; bf16: two strips of columns [kMaxStep / 2][lanes of a strip]
+  uint32_t* rows;     // [4][row_stride]: rows of q on their way; then the first is zeros
+  float* out;         // [padded rows][out_stride]
+  float* row_max;     // [padded rows] each
   float* row_sum;
   float* rescale;
   int32_t* limit;
-  int32_t padded_rows;  // a multiple of lanes
-  int32_t value_stride; // words
-  int32_t out_stride;   // floats
+  int32_t row_stride;  // words: head_dim, and room for 15 more
+  int32_t out_stride;  // floats
 };
 
 // One instruction set.

@@ -11,7 +11,6 @@ namespace {
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kTileA = 6;  // 12 accumulators, 2 vectors and 1 broadcast in 16 registers
-  static constexpr int kTileB = 2;
   static constexpr bool kHasBf16Pairs = false;
   static constexpr float kZeroExponent = -127.0f;  // scale_by_pow2 with it gives 0
   using V = __m256;

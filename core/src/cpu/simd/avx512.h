@@ -10,8 +10,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kLanes = 16;
-  static constexpr int kTileA = 8;  // 24 accumulators, 3 vectors and the broadcasts in 32 registers
-  static constexpr int kTileB = 3;
+  static constexpr int kTileA = 8;  // 16 accumulators cover the latency of the multiplier
   static constexpr bool kHasBf16Pairs = false;
   static constexpr float kZeroExponent = -256.0f;  // scale_by_pow2 with it gives 0
   using V = __m512;

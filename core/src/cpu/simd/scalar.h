@@ -12,8 +12,7 @@ namespace {
 
 struct Scalar {
   static constexpr int kLanes = 4;
-  static constexpr int kTileA = 4;  // a tile of the products: kTileA broadcast words by up to kTileB vectors
-  static constexpr int kTileB = 2;
+  static constexpr int kTileA = 4;  // broadcast words of a tile of the products, each multiplied by two vectors
   static constexpr bool kHasBf16Pairs = false;
   static constexpr float kZeroExponent = -127.0f;  // scale_by_pow2 with it gives 0
   typedef float V __attribute__((vector_size(16)));
