@@ -11,7 +11,7 @@ import pytest
 
 import mlakit
 from conftest import make_batch
-from mlakit import _ext
+from mlakit import _ext, testing
 
 
 def test_problem_defaults_are_the_librarys() -> None:
@@ -101,6 +101,29 @@ def test_one_plan_serves_every_batch_up_to_its_maxima() -> None:
             assert result[0] is out
             assert result[1] is lse
             batch.check(out, lse)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_bound_call_decodes_what_its_tensors_hold_by_then(framework: str) -> None:
+    lengths = [130, 0, 64]
+    first, second = make_batch(lengths, dtype="bf16"), make_batch(lengths, dtype="bf16", seed=1)
+    plan = mlakit.Plan(mlakit.Problem(q_heads=4, max_len=256, max_batch=3))
+    schedule = plan.schedule(first.cache_seqlens)
+    names = ("q", "kv_cache", "block_table")
+    q, cache, table = (first.to_torch(n) if framework == "torch" else getattr(first, n) for n in names)
+    out, lse = first.outputs()
+    to_framework = (lambda a: testing.convert(a, "torch")) if framework == "torch" else (lambda a: a)
+    bound = plan.bind(q, cache, table, schedule, out=to_framework(out), lse=to_framework(lse))
+    del q, cache, table
+    for batch in (first, second):
+        for name in names:
+            getattr(first, name)[...] = getattr(batch, name)
+        out[...], lse[...] = np.nan, np.nan
+        bound()
+        batch.check(out, lse)
+    first.cache_seqlens[0] += 1
+    with pytest.raises(ValueError, match="cache_seqlens|schedule"):
+        bound()
 
 
 def test_lse_can_be_left_out() -> None:

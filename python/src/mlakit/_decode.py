@@ -65,8 +65,8 @@ def mla_decode(
         lse_base: "e" or "2".
         split: "balanced" is fastest; with "fixed_chunk" the bits of a row depend on its own request only.
         chunk_tokens: fixed_chunk: tokens between cuts, a multiple of 64; 0: 2048.
-        cp_world, cp_rank: context parallel: this rank holds every cp_world-th key of each request, from key cp_rank on; cache_seqlens
-            and block_table are its own. merge_states of all ranks' results is attention over all keys.
+        cp_world, cp_rank: context parallel: this rank holds every cp_world-th key of each request, from key cp_rank on;
+            cache_seqlens and block_table are its own. merge_states of all ranks' results is attention over all keys.
         global_seqlens: int32 [batch], for causal with cp_world > 1: cached tokens of each request on all ranks together.
         context: a backend or thread count other than the default.
         stream: CUDA: a cudaStream_t as an int; None: the current stream of q's framework.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from . import _ext
@@ -165,6 +166,39 @@ class Plan:
                 lse = framework.empty(q, rows, "fp32")
         self._run(framework, q, q_rope, kv_cache, kv_rope, block_table, schedule, global_seqlens, sink, out, lse, scratch, stream)
         return framework.finish(out), framework.finish(lse) if lse is not None else None
+
+    def bind(
+        self,
+        q: Any,
+        kv_cache: Any,
+        block_table: Any,
+        schedule: Schedule,
+        *,
+        out: Any,
+        lse: Any = None,
+        q_rope: Any = None,
+        kv_rope: Any = None,
+        global_seqlens: Any = None,
+        sink: Any = None,
+        scratch: Any = None,
+        stream: int | None = None,
+    ) -> Callable[[], None]:
+        """decode with its tensors taken apart once: the result, called without arguments, decodes what they hold by then.
+
+        For loops where tensors and their addresses stay and only their values change. It keeps references to the tensors, which
+        must not be resized. One call of it at a time: it has one scratch. Arguments are those of decode; what decode would refuse
+        is refused by the calls.
+        """
+        framework = framework_of(type(q))
+        if scratch is None and self._is_cpu:
+            scratch = _ext.Buffer(self.info.scratch_bytes, self.info.scratch_alignment)
+        elif scratch is None and self.info.scratch_bytes:
+            scratch = framework.workspace(q, self.info.scratch_bytes, stream)
+        if stream is None and not self._is_cpu:
+            stream = framework.stream(q)
+        seqlens = schedule.cache_seqlens
+        tensors = (q, q_rope, kv_cache, kv_rope, block_table, seqlens, global_seqlens, sink, out, lse, schedule.buffer, scratch)
+        return _ext.Bound(self._native, tensors, stream)
 
     def _run(
         self,

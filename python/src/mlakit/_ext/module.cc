@@ -3,7 +3,9 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -128,38 +130,92 @@ struct Plan {
     run([&] { return mla_schedule(handle, &args, on); });
   }
 
-  void decode(nb::handle q, nb::handle q_rope, nb::handle kv_cache, nb::handle kv_rope, nb::handle block_table,
-              nb::handle cache_seqlens, nb::handle global_seqlens, nb::handle sink, nb::handle out, nb::handle lse,
-              nb::handle schedule, nb::handle scratch, Stream stream) const {
-    void* given = reinterpret_cast<void*>(stream.value_or(0));
-    Tensor t_q(q, "q", false, given), t_q_rope(q_rope, "q_rope", false, given);
-    Tensor t_kv(kv_cache, "kv_cache", false, given), t_kv_rope(kv_rope, "kv_rope", false, given);
-    Tensor t_table(block_table, "block_table", false, given), t_seqlens(cache_seqlens, "cache_seqlens", false, given);
-    Tensor t_global(global_seqlens, "global_seqlens", false, given), t_sink(sink, "sink", false, given);
-    Tensor t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
-    const Memory schedule_memory = memory_of(schedule, "schedule", false),
-                 scratch_memory = memory_of(scratch, "scratch", true);
-    mla_decode_args args{};
+  mla_plan* handle = nullptr;
+};
+
+// One decode call, its tensors taken apart. Lives as long as the objects do.
+struct DecodeCall {
+  // q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, global_seqlens, sink, out, lse, schedule, scratch
+  using Objects = std::array<nb::handle, 12>;
+
+  DecodeCall(const Plan& plan, const Objects& o, Stream stream)
+      : handle(plan.handle),
+        given(reinterpret_cast<void*>(stream.value_or(0))),
+        is_given(stream.has_value()),
+        q(o[0], "q", false, given),
+        q_rope(o[1], "q_rope", false, given),
+        kv_cache(o[2], "kv_cache", false, given),
+        kv_rope(o[3], "kv_rope", false, given),
+        block_table(o[4], "block_table", false, given),
+        cache_seqlens(o[5], "cache_seqlens", false, given),
+        global_seqlens(o[6], "global_seqlens", false, given),
+        sink(o[7], "sink", false, given),
+        out(o[8], "out", true, given),
+        lse(o[9], "lse", true, given) {
+    const Memory schedule = memory_of(o[10], "schedule", false), scratch = memory_of(o[11], "scratch", true);
     args.struct_size = sizeof args;
-    args.q = t_q.get();
-    args.q_rope = t_q_rope.get();
-    args.kv_cache = t_kv.get();
-    args.kv_rope = t_kv_rope.get();
-    args.block_table = t_table.get();
-    args.cache_seqlens = t_seqlens.get();
-    args.global_seqlens = t_global.get();
-    args.sink = t_sink.get();
-    args.out = t_out.get();
-    args.lse = t_lse.get();
-    args.schedule = schedule_memory.data;
-    args.schedule_bytes = schedule_memory.bytes;
-    args.scratch = scratch_memory.data;
-    args.scratch_bytes = scratch_memory.bytes;
-    void* on = stream ? given : t_q.current_stream();
+    args.q = q.get();
+    args.q_rope = q_rope.get();
+    args.kv_cache = kv_cache.get();
+    args.kv_rope = kv_rope.get();
+    args.block_table = block_table.get();
+    args.cache_seqlens = cache_seqlens.get();
+    args.global_seqlens = global_seqlens.get();
+    args.sink = sink.get();
+    args.out = out.get();
+    args.lse = lse.get();
+    args.schedule = schedule.data;
+    args.schedule_bytes = schedule.bytes;
+    args.scratch = scratch.data;
+    args.scratch_bytes = scratch.bytes;
+  }
+
+  void operator()() const {
+    void* on = is_given ? given : q.current_stream();
     run([&] { return mla_decode(handle, &args, on); });
   }
 
-  mla_plan* handle = nullptr;
+  const mla_plan* handle;
+  void* given;
+  bool is_given;
+  Tensor q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, global_seqlens, sink, out, lse;
+  mla_decode_args args{};
+};
+
+void decode(const Plan& plan, nb::handle q, nb::handle q_rope, nb::handle kv_cache, nb::handle kv_rope,
+            nb::handle block_table, nb::handle cache_seqlens, nb::handle global_seqlens, nb::handle sink,
+            nb::handle out, nb::handle lse, nb::handle schedule, nb::handle scratch, Stream stream) {
+  const DecodeCall call(
+      plan,
+      {q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, global_seqlens, sink, out, lse, schedule, scratch},
+      stream);
+  call();
+}
+
+// A decode call that keeps its tensors, to be made again and again.
+struct Bound {
+  using Objects = nb::typed<nb::tuple, nb::object, nb::ellipsis>;
+
+  Bound(nb::object plan_, Objects objects_, Stream stream)
+      : plan(std::move(plan_)),
+        objects(std::move(objects_)),
+        call(nb::cast<const Plan&>(plan), unpack(objects), stream) {
+    for (Tensor* tensor : {&call.q, &call.q_rope, &call.kv_cache, &call.kv_rope, &call.block_table, &call.cache_seqlens,
+                           &call.global_seqlens, &call.sink, &call.out, &call.lse}) {
+      tensor->own_shape();
+    }
+  }
+
+  static DecodeCall::Objects unpack(const nb::tuple& objects) {
+    DecodeCall::Objects result;
+    if (objects.size() != result.size()) throw nb::type_error("bind: expected 12 objects");
+    for (size_t i = 0; i < result.size(); ++i) result[i] = objects[i];
+    return result;
+  }
+
+  nb::object plan;
+  nb::tuple objects;
+  DecodeCall call;
 };
 
 // (name, device_type, is_available, reason) of each backend, in order of preference.
@@ -224,9 +280,13 @@ NB_MODULE(_ext, m) {
       .def(nb::init<const Context&, const mla_problem&>(), nb::arg("context"), nb::arg("problem"))
       .def("info", &Plan::info)
       .def("schedule", &Plan::schedule, maybe("cache_seqlens"), maybe("cu_seqlens_q"), maybe("buffer"), maybe("stream"))
-      .def("decode", &Plan::decode, maybe("q"), maybe("q_rope"), maybe("kv_cache"), maybe("kv_rope"),
-           maybe("block_table"), maybe("cache_seqlens"), maybe("global_seqlens"), maybe("sink"), maybe("out"),
-           maybe("lse"), maybe("schedule"), maybe("scratch"), maybe("stream"));
+      .def("decode", &decode, maybe("q"), maybe("q_rope"), maybe("kv_cache"), maybe("kv_rope"), maybe("block_table"),
+           maybe("cache_seqlens"), maybe("global_seqlens"), maybe("sink"), maybe("out"), maybe("lse"),
+           maybe("schedule"), maybe("scratch"), maybe("stream"));
+
+  nb::class_<Bound>(m, "Bound")
+      .def(nb::init<nb::object, Bound::Objects, Stream>(), nb::arg("plan"), nb::arg("objects"), maybe("stream"))
+      .def("__call__", [](const Bound& self) { self.call(); });
 }
 
 }  // namespace mlakit_py

@@ -111,6 +111,16 @@ void Tensor::refuse(const char* reason) const {
   throw nb::python_error();
 }
 
+void Tensor::own_shape() {
+  if (is_none_ || tensor_.ndim > kMaxDims) return;  // the library refuses so many dimensions at every call
+  for (int d = 0; d < tensor_.ndim; ++d) {
+    shape_[d] = tensor_.shape[d];
+    if (tensor_.strides != nullptr) strides_[d] = tensor_.strides[d];
+  }
+  tensor_.shape = shape_;
+  if (tensor_.strides != nullptr) tensor_.strides = strides_;
+}
+
 void* Tensor::current_stream() const {
   void* stream = nullptr;
   if (api_ == nullptr || api_->current_stream == nullptr || tensor_.device.device_type != MLA_DEVICE_CUDA)

@@ -41,6 +41,8 @@ class Tensor {
   Tensor& operator=(const Tensor&) = delete;
 
   const mla_tensor* get() const { return is_none_ ? nullptr : &tensor_; }
+  // Keeps shape and strides here, so that they stay as they are when the object's own change.
+  void own_shape();
   // The producer's current stream on the tensor's device, if it tells; else the default stream.
   void* current_stream() const;
 
