@@ -426,11 +426,18 @@ void pack_strip(const AttendArgs& a, const Keys& keys, int32_t steps, int32_t fi
 
 // ---------------------------------------------------------------- attend --------------------------------------------------------------
 
+// Causal: keys of the request's cache here that query token t sees; 0 or less: none.
+inline int64_t visible_keys(const AttendArgs& a, int64_t token) {
+  const int64_t global = a.visible0 + token;
+  if (a.cp_world == 1) return global;
+  return global <= a.cp_rank ? 0 : (global - a.cp_rank + a.cp_world - 1) / a.cp_world;
+}
+
 // limit[r] = keys of the step from first_token on that row r sees.
 inline void set_limits(const AttendArgs& a, const LaneScratch& w, int64_t first_token, int32_t n, int32_t padded_rows) {
   int64_t token = a.first_row / a.heads, head = a.first_row % a.heads;
   for (int32_t r = 0; r < padded_rows; ++r) {
-    const int64_t limit = a.visible0 + token - first_token;
+    const int64_t limit = visible_keys(a, token) - first_token;
     w.limit[r] = limit < 0 ? 0 : min_int(limit, n);
     if (++head == a.heads) {
       head = 0;
@@ -517,9 +524,9 @@ void attend_in(const AttendArgs& a, const LaneScratch& w) {
   const int32_t padded_rows = round_up(a.rows, S::kLanes);
   const int32_t step = M::step(a.rows);
   int64_t end = a.end_token;
-  const int64_t first_visible = a.visible0 + a.first_row / a.heads;
+  const int64_t first_visible = visible_keys(a, a.first_row / a.heads);
   if (a.is_causal) {
-    const int64_t last_visible = a.visible0 + (a.first_row + a.rows - 1) / a.heads;
+    const int64_t last_visible = visible_keys(a, (a.first_row + a.rows - 1) / a.heads);
     if (end > last_visible) end = last_visible;
   }
   for (int32_t r = 0; r < padded_rows; ++r) {
