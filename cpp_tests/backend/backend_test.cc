@@ -3,11 +3,29 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <new>
 #include <random>
 #include <thread>
 
 #include "case.h"
+
+// Counts what this program takes from the heap. A sanitizer brings its own operator new.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+static constexpr bool kCountsAllocations = false;
+static const std::atomic<int64_t> allocations{0};
+#else
+static constexpr bool kCountsAllocations = true;
+static std::atomic<int64_t> allocations{0};
+void* operator new(size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes)) return p;
+  throw std::bad_alloc();
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
+#endif
 
 namespace mla::test {
 namespace {
@@ -209,6 +227,20 @@ TEST_CASE("the bits do not depend on who runs the tasks") {
       CHECK(c.run(*backend, {3, run_on_new_threads, &calls}).bits == one.bits);
       if (std::string(backend->name).starts_with("cpu-")) CHECK(calls > 0);
     }
+  }
+}
+
+TEST_CASE("decode takes nothing from the heap once the threads are there") {
+  if (!kCountsAllocations) return;
+  Spec s;
+  s.lengths = {700, 100};
+  const Case c(s);
+  for (const Backend* backend : usable_backends()) {
+    if (std::string(backend->name) == "reference") continue;
+    CAPTURE(std::string(backend->name));
+    const int64_t before = allocations.load();
+    CHECK(c.run(*backend, {2, nullptr, nullptr, 2, &allocations}).allocations == 0);
+    CHECK(allocations.load() > before);  // the counter counts
   }
 }
 

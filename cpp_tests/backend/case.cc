@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -56,6 +57,21 @@ double fp16_to_double(uint16_t h) {
 }
 
 double unit_roundoff(DType t) { return t == DType::kBf16 ? 0x1p-8 : t == DType::kFp16 ? 0x1p-11 : 0x1p-24; }
+
+// Exactly so many bytes, so that a sanitizer sees the first one after them; all 0xff, which is NaN.
+class AlignedBytes {
+ public:
+  explicit AlignedBytes(size_t bytes) : p_(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kScratchAlignment)))) {
+    std::memset(p_, 0xff, bytes);
+  }
+  ~AlignedBytes() { ::operator delete(p_, std::align_val_t(kScratchAlignment)); }
+  AlignedBytes(const AlignedBytes&) = delete;
+  AlignedBytes& operator=(const AlignedBytes&) = delete;
+  std::byte* get() const { return p_; }
+
+ private:
+  std::byte* p_;
+};
 
 }  // namespace
 
@@ -260,15 +276,9 @@ Output Case::run(const Backend& backend, const Runner& runner) const {
   if (const std::string reason = backend.why_unsupported(plan.problem); !reason.empty()) throw std::runtime_error(reason);
   if (const Status s = backend.plan(plan); !s.is_ok()) throw std::runtime_error(s.message());
 
-  const auto aligned = [](size_t bytes, std::vector<std::byte>& storage) {
-    storage.assign(bytes + kScratchAlignment, std::byte{0xff});
-    void* p = storage.data();
-    size_t space = storage.size();
-    return static_cast<std::byte*>(std::align(kScratchAlignment, bytes, p, space));
-  };
-  std::vector<std::byte> schedule_storage, scratch_storage;
-  std::byte* schedule = aligned(plan.layout().bytes(), schedule_storage);
-  std::byte* scratch = aligned(plan.scratch_bytes, scratch_storage);
+  const AlignedBytes schedule_bytes(plan.layout().bytes()), scratch_bytes(plan.scratch_bytes);
+  std::byte* schedule = schedule_bytes.get();
+  std::byte* scratch = scratch_bytes.get();
 
   ScheduleCall schedule_call{};
   schedule_call.batch = batch_;
@@ -299,9 +309,13 @@ Output Case::run(const Backend& backend, const Runner& runner) const {
   if (spec_.has_lse) call.lse = with_data(lse_view_, lse);
   call.schedule = schedule;
   call.scratch = scratch;
-  if (const Status s = backend.decode(plan, call, nullptr); !s.is_ok()) throw std::runtime_error(s.message());
-
   Output result;
+  for (int i = 0; i < runner.decodes; ++i) {
+    const int64_t allocations = runner.allocations == nullptr ? 0 : runner.allocations->load();
+    if (const Status s = backend.decode(plan, call, nullptr); !s.is_ok()) throw std::runtime_error(s.message());
+    if (runner.allocations != nullptr) result.allocations = runner.allocations->load() - allocations;
+  }
+
   Tensor rest_out = out, rest_lse = lse;  // what is left when the outputs are taken away
   for (int64_t t = 0; t < q_tokens_; ++t) {
     for (int32_t h = 0; h < spec_.q_heads; ++h) {

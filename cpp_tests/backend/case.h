@@ -5,6 +5,7 @@
 // out, schedule, scratch and outputs start as NaN, and so do the gaps between strided rows (which must stay as they are).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -40,12 +41,15 @@ struct Output {
   std::vector<double> lse;                // [token][head]
   std::vector<double> spread;             // [token][head][value_dim]: sum of weight * |value|; of expect() only
   std::vector<unsigned char> bits;        // of out and lse together
+  int64_t allocations = 0;
 };
 
 struct Runner {
   int32_t num_threads = 1;
   mla_parallel_for_fn parallel_for = nullptr;
   void* parallel_for_user = nullptr;
+  int decodes = 1;
+  const std::atomic<int64_t>* allocations = nullptr;  // a counter to look at around the last decode
 };
 
 class Case {

@@ -2,6 +2,7 @@
 // then sleep in the kernel.
 #include "cpu/thread_pool.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -62,9 +63,12 @@ struct ThreadPool::Crew {
     }
   }
 
-  // Fewer threads than asked for are no failure.
+  // Fewer threads than asked for are no failure. Signals are for the application's own threads.
   void grow(int32_t count) {
     const uint32_t now = generation.load(std::memory_order_relaxed);
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
     try {
       while (static_cast<int32_t>(threads.size()) < count) {
         const int32_t index = static_cast<int32_t>(threads.size()) + 1;
@@ -72,6 +76,7 @@ struct ThreadPool::Crew {
       }
     } catch (const std::exception&) {
     }
+    pthread_sigmask(SIG_SETMASK, &old, nullptr);
   }
 
   void release() {
