@@ -283,7 +283,7 @@ class Plan:
 
     def decode_args(self, inputs: Any) -> DecodeArgs:
         args = DecodeArgs(struct_size=ctypes.sizeof(DecodeArgs))
-        for name in ("q", "q_rope", "kv_cache", "kv_rope", "block_table", "cache_seqlens", "sink", "out", "lse"):
+        for name in ("q", "q_rope", "kv_cache", "kv_rope", "block_table", "cache_seqlens", "sink", "out", "lse", "global_seqlens"):
             setattr(args, name, tensor(getattr(inputs, name)))
         args.schedule, args.schedule_bytes = self.schedule_buffer.ctypes.data, self.schedule_buffer.nbytes
         args.scratch, args.scratch_bytes = self.scratch_buffer.ctypes.data, self.scratch_buffer.nbytes

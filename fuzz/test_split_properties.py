@@ -33,20 +33,50 @@ def test_two_halves_make_the_whole(case: testing.Case, data: st.DataObject) -> N
                 row = half.block_table[request]
                 row[: row.size - cut] = row[cut:].copy()
         halves.append(half)
+    for backend in harness.backends(case):
+        check_joined(case, want, [harness.decode(case, backend, half) for half in halves], backend)
+
+
+@given(case=cases(always=strategies.FP32_OUT, never=strategies.NO_LSE | strategies.SINK, has_memory=False), world=st.integers(2, 4))
+def test_shards_make_the_whole(case: testing.Case, world: int) -> None:
+    """Context parallel: rank r holds keys r, r + world, ... of each request in a cache of its own; causal is the whole's."""
+    whole = testing.make_inputs(case)
+    want = testing.expect(case, whole)
+    page_size, shards = case.parsed.page_size, []
+    for rank in range(world):
+        shard = testing.make_inputs(case)
+        for request in range(len(case.lengths)):
+            pages, slots = (where[rank::world] for where in harness.used_slots(case, whole, request))
+            held = np.arange(pages.size)
+            to = (shard.block_table[request, held // page_size], held % page_size)
+            for name in ("kv_cache", "kv_rope"):
+                if getattr(shard, name) is not None:
+                    getattr(shard, name)[to] = getattr(whole, name)[pages, slots]
+            shard.cache_seqlens[request] = pages.size
+        shard.global_seqlens = whole.cache_seqlens if case.parsed.causal else None
+        shards.append(shard)
+    for backend in harness.backends(case):
+        parts = []
+        for rank, shard in enumerate(shards):
+            harness.last_case = case
+            parts.append(abi.run(f"{case.problem}:cp{rank}of{world}", shard, backend))
+        check_joined(case, want, parts, backend)
+
+
+def check_joined(case: testing.Case, want: testing.Expected, parts: list[abi.Result], backend: str) -> None:
+    """mla_merge of the parts is the whole."""
     rows, dim = want.lse.shape, case.parsed.value_dim
     tokens, heads = int(np.prod(rows[:-1])), rows[-1]
-    for backend in harness.backends(case):
-        parts = [harness.decode(case, backend, half) for half in halves]
-        outs = np.stack([part.out.reshape(tokens, heads, dim) for part in parts])
-        lses = np.stack([part.lse.reshape(tokens, heads) for part in parts])
-        out, lse = np.full((tokens, heads, dim), np.nan, np.float32), np.full((tokens, heads), np.nan, np.float32)
-        abi.merge(outs, lses, out, lse, backend, is_base2=case.parsed.lse_base == "2")
-        # Both halves and the join round once more in fp32.
-        slack = 8 * testing.ROUNDOFF["fp32"]
-        for name, got in (("out", out), ("lse", lse)):
-            wanted = getattr(want, name)
-            limit = getattr(want, f"{name}_limit") + slack * (1 + np.abs(np.nan_to_num(wanted, neginf=0)))
-            testing.check_close(got.reshape(wanted.shape), wanted, 2 * limit, f"{name} of the joined halves, {backend}")
+    outs = np.stack([part.out.reshape(tokens, heads, dim) for part in parts])
+    lses = np.stack([part.lse.reshape(tokens, heads) for part in parts])
+    out, lse = np.full((tokens, heads, dim), np.nan, np.float32), np.full((tokens, heads), np.nan, np.float32)
+    abi.merge(outs, lses, out, lse, backend, is_base2=case.parsed.lse_base == "2")
+    # Every part and the join round once more in fp32.
+    slack = 8 * testing.ROUNDOFF["fp32"]
+    for name, got in (("out", out), ("lse", lse)):
+        wanted = getattr(want, name)
+        limit = getattr(want, f"{name}_limit") + slack * (1 + np.abs(np.nan_to_num(wanted, neginf=0)))
+        testing.check_close(got.reshape(wanted.shape), wanted, 2 * limit, f"{name} of the joined parts, {backend}")
 
 
 @st.composite

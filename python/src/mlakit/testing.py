@@ -327,6 +327,8 @@ class Inputs:
     lse: Any
     keywords: dict[str, Any]
     """The keyword arguments of mlakit.mla_decode, but for out and lse."""
+    global_seqlens: Any = None
+    """Never made by make_inputs: a case is whole, and a test that shards it sets this."""
 
     @property
     def positional(self) -> tuple[Any, Any, Any, Any]:
@@ -338,7 +340,10 @@ class Inputs:
         return {name: getattr(self, name) for name in TENSOR_NAMES}
 
 
-TENSOR_NAMES = (*("q", "q_rope", "kv_cache", "kv_rope", "block_table", "cache_seqlens", "cu_seqlens_q", "sink", "out", "lse"),)
+TENSOR_NAMES = (
+    *("q", "q_rope", "kv_cache", "kv_rope", "block_table", "cache_seqlens", "cu_seqlens_q", "sink", "out", "lse"),
+    "global_seqlens",
+)
 # What the unused entries of a block table hold, in turn.
 TABLE_GARBAGE = (2147480000, -1, -(2**31), 7_000_000)
 
