@@ -442,9 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Report]:
     with torch.inference_mode():
         model = Model(c, o.seed, o.device, dtype)
         max_len = o.longest + o.new_tokens + 2
-        print(
-            f"{o.requests} requests of up to {o.longest} tokens, {o.new_tokens} new each, {o.slots} slots, {o.dtype} on {o.device}, {o.threads} CPU threads"
-        )
+        print(f"{o.requests} requests of up to {o.longest} tokens, {o.new_tokens} new each, {o.slots} at a time")
+        print(f"{o.dtype} on {o.device}, {o.threads} CPU threads; times are of decoding steps")
         print(cache_table(c, dtype.itemsize))
         for use_mlakit, q_len in ((False, 1), (True, 1), (True, 2)):
             requests = make_requests(c, o.requests, o.longest, o.new_tokens, o.seed)

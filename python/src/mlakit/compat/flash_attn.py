@@ -56,6 +56,8 @@ def flash_attn_varlen_func(
         k: [pages, page_size, kv_heads, rope_dim]. v: [pages, page_size, kv_heads, latent_dim].
         cu_seqlens_q: int32 [batch + 1]. seqused_k: int32 [batch]. block_table: int32 [batch, width].
         s_aux: fp32 [heads], the attention sink.
+        cp_world_size, cp_rank, cp_tot_seqused_k: context parallel: seqused_k and block_table are this rank's, which holds every
+            cp_world_size-th key from key cp_rank on; cp_tot_seqused_k, int32 [batch], counts the keys of all ranks.
 
     Returns:
         out [tokens, heads, latent_dim], or (out, lse) with lse fp32 [heads, tokens], natural logarithm, -inf for a row without
@@ -65,12 +67,25 @@ def flash_attn_varlen_func(
     _refuse_features(name, window_size, alibi_slopes, softcap, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     refuse_given(name, "decode over a paged cache only", cu_seqlens_k=cu_seqlens_k, return_attn_probs=return_attn_probs)
     refuse_given(name, "inference only", dropout_p=dropout_p or None)
-    refuse_given(name, "no context parallel shards", cp_world_size=cp_world_size if cp_world_size > 1 else None)
     if fa_version != 3:
         raise NotImplementedError(f"fa_version: {name} of mlakit takes q_v, which is version 3's, got {fa_version}: pass 3")
     _require(name, q_v=q_v, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, block_table=block_table)
+    shard: dict[str, Any] = {}
+    if cp_world_size > 1:
+        shard = {"cp_world": cp_world_size, "cp_rank": cp_rank}
+        if causal:
+            _require(name, cp_tot_seqused_k=cp_tot_seqused_k)
+            shard["global_seqlens"] = cp_tot_seqused_k
     return _attend(
-        *(q, k, v, q_v, block_table, seqused_k, cu_seqlens_q), softmax_scale, causal, num_splits, s_aux, out, return_softmax_lse
+        *((q, q_v), (k, v), block_table, seqused_k),
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        cu_seqlens_q=cu_seqlens_q,
+        sink=s_aux,
+        out=out,
+        **shard,
     )
 
 
@@ -108,13 +123,13 @@ def flash_attn_with_kvcache(
     refuse_given(name, "it appends nothing to the cache", k=k, v=v)
     _require(name, qv=qv, cache_seqlens=cache_seqlens, page_table=page_table)
     return _attend(
-        *(q, k_cache, v_cache, qv, page_table, cache_seqlens, cu_seqlens_q),
-        softmax_scale,
-        causal,
-        num_splits,
-        sinks,
-        None,
-        return_softmax_lse,
+        *((q, qv), (k_cache, v_cache), page_table, cache_seqlens),
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        cu_seqlens_q=cu_seqlens_q,
+        sink=sinks,
     )
 
 
@@ -132,36 +147,25 @@ def _refuse_features(function: str, window_size: Any, alibi_slopes: Any, softcap
 
 
 def _attend(
-    rope_q: torch.Tensor,
-    rope_cache: torch.Tensor,
-    latent_cache: torch.Tensor,
-    latent_q: Any,
-    table: Any,
-    lengths: Any,
-    cu_seqlens_q: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
+    q: tuple[torch.Tensor, Any],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    *call: Any,
     num_splits: int,
-    sink: torch.Tensor | None,
-    out: torch.Tensor | None,
     return_lse: bool,
+    **options: Any,
 ) -> Any:
+    """q and cache: (rope, latent)."""
     # Heads before tokens in memory: [heads, tokens], or [batch, heads, q_len] without cu_seqlens_q.
-    *lead, tokens, heads = latent_q.shape[:-1]
-    lse = torch.empty((*lead, heads, tokens), dtype=torch.float32, device=latent_q.device)
+    *lead, tokens, heads = q[1].shape[:-1]
+    lse = torch.empty((*lead, heads, tokens), dtype=torch.float32, device=q[1].device)
     out, _ = mla_decode(
-        latent_q,
-        (latent_cache, rope_cache),
-        table,
-        lengths,
-        value_dim=latent_q.shape[-1],
-        causal=causal,
-        softmax_scale=softmax_scale,
-        cu_seqlens_q=cu_seqlens_q,
-        q_rope=rope_q,
-        sink=sink,
-        out=out,
+        q[1],
+        (cache[1], cache[0]),
+        *call,
+        value_dim=q[1].shape[-1],
+        q_rope=q[0],
         lse=lse.transpose(-1, -2),
         split="fixed_chunk" if num_splits == 1 else "balanced",
+        **options,
     )
     return (out, lse) if return_lse else out
