@@ -1,4 +1,4 @@
-"""Context parallel: ranks that hold every world-th key give, merged, attention over all keys, under the whole request's causal mask."""
+"""Context parallel: ranks that hold every world-th key, merged, give attention over all keys under the whole causal mask."""
 
 from __future__ import annotations
 
