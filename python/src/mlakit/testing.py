@@ -56,7 +56,8 @@ TOLERANCES = {
 }
 COSINE_COLUMNS = 64
 
-# fp32 sums of n terms: errors of single additions are independent, so they grow as sqrt(n); 4 standard deviations.
+# fp32 sums of n terms: errors of single additions are independent, so they grow as sqrt(n); 4 standard deviations. A score's terms
+# vary in sign, and its running sum stays near the root of their squares.
 SUM_SIGMAS = 4.0
 # What fp32 arithmetic adds to any lse: log2 and exp2 by polynomials, the change of base.
 LSE_FLOOR = 2.0**-20
@@ -108,14 +109,14 @@ def expect(case: Case, inputs: Inputs, *, exact: bool = False) -> Expected:
         for group in reference.groups(queries, kv, table, lengths, **keywords):
             seen = group.visible[:, None, :]
             weights, row_lse = reference.softmax(scale * (group.q @ group.keys.T), seen)
-            magnitude = scale * np.where(seen, np.abs(group.q) @ np.abs(group.keys).T, 0.0).max(-1)
+            magnitude = scale * math.sqrt(problem.head_dim) * np.sqrt(np.where(seen, group.q**2 @ (group.keys**2).T, 0.0).max(-1))
             n = np.maximum(group.visible.sum(-1), 1)[:, None]
             if exact:
                 # The default scale is rounded to fp32 once, which moves all scores of a row alike.
                 score_error = ROUNDOFF["fp32"] * magnitude
                 sums, floor = np.zeros_like(magnitude), 0.0
             else:
-                score_error = sum_error * math.sqrt(problem.head_dim) * magnitude
+                score_error = sum_error * magnitude
                 sums, floor = sum_error * (np.sqrt(n) + np.abs(np.nan_to_num(row_lse, neginf=0.0))), LSE_FLOOR
             values = np.abs(group.keys[:, : problem.value_dim])
             spread = reference.weighted_sum(weights, values, group.visible)
