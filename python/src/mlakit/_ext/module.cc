@@ -119,7 +119,7 @@ struct Plan {
   void schedule(nb::handle cache_seqlens, nb::handle cu_seqlens_q, nb::handle buffer, Stream stream) const {
     void* given = reinterpret_cast<void*>(stream.value_or(0));
     Tensor t_seqlens(cache_seqlens, "cache_seqlens", false, given), t_cu(cu_seqlens_q, "cu_seqlens_q", false, given);
-    const Memory memory = memory_of(buffer, "schedule", true);
+    const Memory memory = memory_of(buffer, "schedule", true, given);
     mla_schedule_args args{};
     args.struct_size = sizeof args;
     args.cache_seqlens = t_seqlens.get();
@@ -152,7 +152,8 @@ struct DecodeCall {
         sink(o[7], "sink", false, given),
         out(o[8], "out", true, given),
         lse(o[9], "lse", true, given) {
-    const Memory schedule = memory_of(o[10], "schedule", false), scratch = memory_of(o[11], "scratch", true);
+    const Memory schedule = memory_of(o[10], "schedule", false, given),
+                 scratch = memory_of(o[11], "scratch", true, given);
     args.struct_size = sizeof args;
     args.q = q.get();
     args.q_rope = q_rope.get();

@@ -217,12 +217,12 @@ bool Tensor::from_dlpack(nb::handle object, void* stream) {
   return from_capsule<ManagedVersioned>("dltensor_versioned") || from_capsule<Managed>("dltensor");
 }
 
-Memory memory_of(nb::handle object, const char* name, bool is_written) {
+Memory memory_of(nb::handle object, const char* name, bool is_written, void* stream) {
   if (nb::isinstance<Buffer>(object)) {
     Buffer* buffer = nb::inst_ptr<Buffer>(object);
     return {buffer->data, buffer->nbytes};
   }
-  Tensor holder(object, name, is_written);
+  Tensor holder(object, name, is_written, stream);
   if (holder.get() == nullptr) return {nullptr, 0};
   const mla_tensor& tensor = *holder.get();
   uint64_t bytes = (tensor.dtype.bits * tensor.dtype.lanes + 7) / 8;

@@ -68,8 +68,8 @@ class Tensor {
   nb::object capsule_;  // held while the tensor came by __dlpack__
 };
 
-// A Buffer, or a contiguous tensor of any type, as raw memory.
-Memory memory_of(nb::handle object, const char* name, bool is_written);
+// A Buffer, or a contiguous tensor of any type, as raw memory. stream: as for Tensor.
+Memory memory_of(nb::handle object, const char* name, bool is_written, void* stream);
 
 // The MLA_DTYPE_... of a DLPack type; MLA_DTYPE_DEFAULT if it is none of them.
 int32_t dtype_of(mla_data_type type);
