@@ -169,15 +169,14 @@ def flash_mla_with_kvcache(
     if block_table is None or cache_seqlens is None:
         name = "block_table" if block_table is None else "cache_seqlens"
         raise ValueError(f"{name}: expected an int32 tensor for a dense cache, got None")
-    is_object = isinstance(tile_scheduler_metadata, FlashMLASchedMeta)
-    if not is_object and not isinstance(tile_scheduler_metadata, torch.Tensor):
+    if not isinstance(tile_scheduler_metadata, (FlashMLASchedMeta, torch.Tensor)):
         raise TypeError(
             "tile_scheduler_metadata: expected what get_mla_metadata returns, or an int32 tensor copied from it, got "
             f"{type(tile_scheduler_metadata).__name__}"
         )
     if num_splits is not None and (num_splits.dtype != torch.int32 or num_splits.dim() != 1):
         raise ValueError(f"num_splits: expected None or int32 [batch + 1], got {num_splits.dtype} {list(num_splits.shape)}")
-    if is_object:
+    if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         meta_rows = tile_scheduler_metadata.tile_scheduler_metadata
         _record_use(tile_scheduler_metadata, q, k_cache, cache_seqlens, causal)
     else:
