@@ -18,7 +18,8 @@ _LIBRARY = torch.library.Library("mlakit", "DEF")
 
 _INPUTS = """
     Tensor q, Tensor? q_rope, Tensor kv_cache, Tensor? kv_rope, Tensor block_table, Tensor cache_seqlens, Tensor? cu_seqlens_q,
-    Tensor? sink, int value_dim, bool causal, float? softmax_scale, str lse_base, str split, int chunk_tokens
+    Tensor? sink, Tensor? global_seqlens, int value_dim, bool causal, float? softmax_scale, str lse_base, str split,
+    int chunk_tokens, int cp_world, int cp_rank
 """
 _STRIDES_MATTER = (torch.Tag.needs_fixed_stride_order,)
 
@@ -45,11 +46,14 @@ def mla_decode(
     lse_base: str = "e",
     split: str = "balanced",
     chunk_tokens: int = 0,
+    cp_world: int = 1,
+    cp_rank: int = 0,
+    global_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mlakit.mla_decode` as an operator that torch.compile does not look into."""
     cache, rope = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
-    inputs = (q, q_rope, cache, rope, block_table, cache_seqlens, cu_seqlens_q, sink)
-    options = (value_dim, causal, softmax_scale, lse_base, split, chunk_tokens)
+    inputs = (q, q_rope, cache, rope, block_table, cache_seqlens, cu_seqlens_q, sink, global_seqlens)
+    options = (value_dim, causal, softmax_scale, lse_base, split, chunk_tokens, cp_world, cp_rank)
     if out is None and lse is None:
         result: tuple[torch.Tensor, torch.Tensor] = torch.ops.mlakit.decode(*inputs, *options)
         return result
@@ -68,7 +72,8 @@ def merge_states(out_parts: torch.Tensor, lse_parts: torch.Tensor, *, lse_base: 
 
 
 def _run(inputs: tuple[Any, ...], out: torch.Tensor | None, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    q, q_rope, cache, rope, table, seqlens, cu_seqlens_q, sink, value_dim, causal, scale, lse_base, split, chunk_tokens = inputs
+    q, q_rope, cache, rope, table, seqlens, cu_seqlens_q, sink, global_seqlens = inputs[:9]
+    value_dim, causal, scale, lse_base, split, chunk_tokens, cp_world, cp_rank = inputs[9:]
     return _decode.mla_decode(
         q,
         cache if rope is None else (cache, rope),
@@ -85,6 +90,9 @@ def _run(inputs: tuple[Any, ...], out: torch.Tensor | None, lse: torch.Tensor | 
         lse_base=lse_base,
         split=split,
         chunk_tokens=chunk_tokens,
+        cp_world=cp_world,
+        cp_rank=cp_rank,
+        global_seqlens=global_seqlens,
     )
 
 
@@ -102,7 +110,7 @@ def _merge_kernel(out_parts: torch.Tensor, lse_parts: torch.Tensor, lse_base: st
 
 @torch.library.register_fake("mlakit::decode", lib=_LIBRARY)
 def _decode_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    q, value_dim = inputs[0], inputs[8]
+    q, value_dim = inputs[0], inputs[9]
     return q.new_empty((*q.shape[:-1], value_dim)), q.new_empty(q.shape[:-1], dtype=DTYPES["fp32"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import cases
@@ -107,8 +108,8 @@ def test_ragged_two_view_and_merge_operators() -> None:
 
 
 def operands(inputs: Any) -> tuple[Any, ...]:
-    call = (inputs.q, None, inputs.kv_cache, None, inputs.block_table, inputs.cache_seqlens, None, None)
-    return (*call, 512, True, cases.SCALE, "e", "balanced", 0)
+    call = (inputs.q, None, inputs.kv_cache, None, inputs.block_table, inputs.cache_seqlens, None, None, None)
+    return (*call, 512, True, cases.SCALE, "e", "balanced", 0, 1, 0)
 
 
 def test_torchs_own_checks_of_the_operators() -> None:
@@ -170,3 +171,26 @@ def test_the_operator_can_be_captured() -> None:
     graph.replay()
     torch.cuda.synchronize()
     cases.check(CASE, inputs, out, lse)
+
+
+def test_the_operator_has_every_argument_of_the_plain_call() -> None:
+    """But those of the host: a context, and a stream, which is torch's current one."""
+    plain, operator = (inspect.signature(f).parameters for f in (mlakit.mla_decode, torch_ops.mla_decode))
+    assert set(plain) - set(operator) == {"context", "stream"}
+    assert all(operator[name].default == plain[name].default for name in operator)
+
+
+def test_a_shard_by_the_operator() -> None:
+    """Rank 0 of 2 of a request of 3 tokens has tokens 0 and 2."""
+    whole = cases.inputs_of(cases.dense_case([3]))
+    page = whole.kv_cache[int(whole.block_table[0, 0])]
+    case = cases.dense_case([2])
+    inputs = cases.inputs_of(case)
+    inputs.q, inputs.kv_cache, inputs.block_table = (
+        whole.q,
+        page[[0, 2]].repeat(32, 1, 1)[None],
+        torch.zeros(1, 1, dtype=torch.int32),
+    )
+    call = (inputs.q, inputs.kv_cache, inputs.block_table, inputs.cache_seqlens)
+    out, lse = torch_ops.mla_decode(*call, **OPTIONS, cp_world=2, cp_rank=0, global_seqlens=whole.cache_seqlens)
+    cases.check(case, inputs, out, lse)
