@@ -40,10 +40,10 @@ struct CpuPlan {
 // ---------------------------------------------------------------- scratch -------------------------------------------------------------
 
 // scratch = partial results, then a working area for each lane.
-struct Scratch {
-  float* slot_out;  // [slots][item_rows][slot_stride]
-  float* slot_lse;  // [slots][item_rows], base 2
-  int64_t slot_stride;
+struct Slots {
+  float* out;  // [slots][item_rows][out_stride], not yet divided by the sum
+  float* max;  // [slots][item_rows], of the scores in base 2
+  float* sum;  // [slots][item_rows], of the weights relative to max; 0: saw nothing, and out may be anything
 };
 
 int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
@@ -51,12 +51,15 @@ int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
 // Whole vectors, and an odd number of cache lines, so that rows spread over the sets of the caches.
 int32_t spread_stride(int32_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
 
-Scratch take_slots(Workspace& workspace, const Plan& plan) {
+// Of a row of sums: the tiles write whole strips of two vectors.
+int32_t out_stride(const Problem& p, const CpuPlan& cpu_plan) { return spread_stride(round_up(p.value_dim, 2 * cpu_plan.kernel->lanes)); }
+
+Slots take_slots(Workspace& workspace, const Plan& plan, const CpuPlan& cpu_plan) {
   const size_t rows = static_cast<size_t>(plan.config.slots) * plan.config.item_rows;
-  Scratch s{};
-  s.slot_stride = round_up(plan.problem.value_dim, 16);
-  s.slot_out = workspace.take<float>(rows * s.slot_stride);
-  s.slot_lse = workspace.take<float>(rows);
+  Slots s{};
+  s.out = workspace.take<float>(rows * out_stride(plan.problem, cpu_plan));
+  s.max = workspace.take<float>(rows);
+  s.sum = workspace.take<float>(rows);
   return s;
 }
 
@@ -69,7 +72,7 @@ LaneScratch take_lane(Workspace& workspace, const Plan& plan, const CpuPlan& cpu
   const bool has_pairs = cpu_plan.math == cpu::Math::kBf16Pairs;
   LaneScratch w{};
   w.row_stride = spread_stride(p.head_dim + 15);  // the rope columns of two views are written in whole vectors, wherever they begin
-  w.out_stride = spread_stride(round_up(p.value_dim, static_cast<int32_t>(strip_lanes)));
+  w.out_stride = out_stride(p, cpu_plan);
   w.q = workspace.take<uint32_t>(rows * (has_pairs ? p.head_dim / 2 : p.head_dim), kLane);
   w.scores = workspace.take<float>((cpu::kMaxStep + cpu::kMaxTile) * strip_lanes, kLane);
   w.weights = workspace.take<uint32_t>(cpu::kBlockTokens * (rows + cpu::kMaxTile));
@@ -132,7 +135,7 @@ Status make_plan(Plan& plan) {
 
   plan.variant = std::string(math_name(cpu_plan->math, p.kv_dtype)) + ", " + std::to_string(item_rows) + " rows";
   Workspace workspace;
-  take_slots(workspace, plan);
+  take_slots(workspace, plan, *cpu_plan);
   for (int32_t lane = 0; lane < cpu_plan->lanes; ++lane) take_lane(workspace, plan, *cpu_plan);
   plan.scratch_bytes = workspace.bytes();
   plan.state = std::move(cpu_plan);
@@ -153,7 +156,7 @@ class Decode {
   Decode(const Plan& plan, const DecodeCall& call)
       : plan_(plan), cpu_plan_(*static_cast<const CpuPlan*>(plan.state.get())), call_(call), view_(call.schedule, plan.layout()) {
     Workspace workspace(call.scratch);
-    scratch_ = take_slots(workspace, plan);
+    slots_ = take_slots(workspace, plan, cpu_plan_);
     lanes_begin_ = workspace.bytes();
   }
 
@@ -233,12 +236,18 @@ class Decode {
     return {at(bytes(view.data), plan_.problem.kv_dtype, item.kv_head * view.head_stride), view.page_stride, view.token_stride};
   }
 
+  // Consecutive pieces of a lane are often of one item: its q is packed once.
   void attend_lane(int64_t lane) {
     const LaneScratch w = lane_scratch(lane);
-    for_each_piece_taken([&](const Piece& piece) { attend_piece(piece, w); });
+    int32_t request = -1, item = -1;
+    for_each_piece_taken([&](const Piece& piece) {
+      attend_piece(piece, w, piece.request == request && piece.item == item);
+      request = piece.request;
+      item = piece.item;
+    });
   }
 
-  void attend_piece(const Piece& piece, const LaneScratch& w) {
+  void attend_piece(const Piece& piece, LaneScratch w, bool is_q_packed) {
     const Problem& p = plan_.problem;
     const Item item = item_of(piece);
     AttendArgs a{};
@@ -266,25 +275,35 @@ class Decode {
     a.cp_world = p.cp_world;
     a.cp_rank = p.cp_rank;
     a.scale_log2e = p.softmax_scale * math::kLog2e;
+    a.is_q_packed = is_q_packed;
+    if (piece.slot >= 0) w.out = slot_row(piece.slot, 0);
     cpu_plan_.kernel->attend(a, w);
 
-    for (int32_t r = 0; r < item.rows; ++r) {
-      float* row = w.out + static_cast<int64_t>(r) * w.out_stride;
-      const float sum = w.row_sum[r];
-      if (sum == 0.0f) std::memset(row, 0, sizeof(float) * p.value_dim);
-      const float lse2 = math::merged_lse(w.row_max[r], sum);
-      const float scale = math::safe_reciprocal(sum);
-      if (piece.slot >= 0) {
-        cpu_plan_.kernel->store_row(slot_row(piece.slot, r), Elem::kFp32, row, scale, p.value_dim);
-        slot_lse(piece.slot, r) = lse2;
-      } else {
-        store_result(item, r, row, scale, lse2);
-      }
+    if (piece.slot >= 0) {
+      std::memcpy(&slot_max(piece.slot, 0), w.row_max, sizeof(float) * item.rows);
+      std::memcpy(&slot_sum(piece.slot, 0), w.row_sum, sizeof(float) * item.rows);
+    } else {
+      store_results(item, 0, item.rows, w);
     }
   }
 
-  float* slot_row(int64_t slot, int64_t r) const { return scratch_.slot_out + (slot * plan_.config.item_rows + r) * scratch_.slot_stride; }
-  float& slot_lse(int64_t slot, int64_t r) const { return scratch_.slot_lse[slot * plan_.config.item_rows + r]; }
+  float* slot_row(int64_t slot, int64_t r) const {
+    return slots_.out + (slot * plan_.config.item_rows + r) * out_stride(plan_.problem, cpu_plan_);
+  }
+  float& slot_max(int64_t slot, int64_t r) const { return slots_.max[slot * plan_.config.item_rows + r]; }
+  float& slot_sum(int64_t slot, int64_t r) const { return slots_.sum[slot * plan_.config.item_rows + r]; }
+  // The row's running maximum, in the terms of math::merge_weight.
+  float slot_max_or_empty(int64_t slot, int64_t r) const { return slot_sum(slot, r) == 0.0f ? -INFINITY : slot_max(slot, r); }
+
+  // Rows [begin, end) of the item from lane scratch into the caller's tensors.
+  void store_results(const Item& item, int32_t begin, int32_t end, const LaneScratch& w) const {
+    for (int32_t r = begin; r < end; ++r) {
+      float* row = w.out + static_cast<int64_t>(r) * w.out_stride;
+      const float sum = w.row_sum[r];
+      if (sum == 0.0f) std::memset(row, 0, sizeof(float) * plan_.problem.value_dim);
+      store_result(item, r, row, math::safe_reciprocal(sum), math::merged_lse(w.row_max[r], sum));
+    }
+  }
 
   // Row r of the item into the caller's tensors: out = row * scale with the sink, lse in the caller's base.
   void store_result(const Item& item, int64_t r, const float* row, float scale, float lse2) const {
@@ -341,27 +360,24 @@ class Decode {
       std::memset(w.out + static_cast<int64_t>(r) * w.out_stride, 0, sizeof(float) * dim);
     }
     for_each_cut([&](const Piece& cut) {
-      for (int32_t r = begin; r < end; ++r) w.row_max[r] = math::max_keep_nan(w.row_max[r], slot_lse(cut.slot, r));
+      for (int32_t r = begin; r < end; ++r) w.row_max[r] = math::max_keep_nan(w.row_max[r], slot_max_or_empty(cut.slot, r));
     });
     for_each_cut([&](const Piece& cut) {
       for (int32_t r = begin; r < end; ++r) {
-        const float weight = math::merge_weight(slot_lse(cut.slot, r), w.row_max[r]);
-        if (weight == 0.0f) continue;
-        w.row_sum[r] += weight;
+        if (slot_sum(cut.slot, r) == 0.0f) continue;
+        const float weight = math::merge_weight(slot_max(cut.slot, r), w.row_max[r]);
+        w.row_sum[r] += weight * slot_sum(cut.slot, r);
         cpu_plan_.kernel->add_part(w.out + static_cast<int64_t>(r) * w.out_stride, weight, slot_row(cut.slot, r), Elem::kFp32, dim);
       }
     });
-    for (int32_t r = begin; r < end; ++r) {
-      store_result(item, r, w.out + static_cast<int64_t>(r) * w.out_stride, math::safe_reciprocal(w.row_sum[r]),
-                   math::merged_lse(w.row_max[r], w.row_sum[r]));
-    }
+    store_results(item, begin, end, w);
   }
 
   const Plan& plan_;
   const CpuPlan& cpu_plan_;
   const DecodeCall& call_;
   const schedule::ConstView view_;
-  Scratch scratch_{};
+  Slots slots_{};
   size_t lanes_begin_ = 0;
   alignas(64) std::atomic<int32_t> next_part_{0};
 };
@@ -392,8 +408,8 @@ Status merge(const Context&, const MergeCall& call, void*) {
         const int64_t columns = std::min(kColumns, call.dim - column);
         std::memset(sum, 0, sizeof sum);
         for (int64_t part = 0; part < call.parts; ++part) {
+          if (lse2(part) == -INFINITY) continue;  // saw nothing: its out is of no interest
           const float weight = math::merge_weight(lse2(part), max_lse2);
-          if (weight == 0.0f) continue;
           const int64_t offset = part * call.out_parts_stride[0] + token * call.out_parts_stride[1] + head * call.out_parts_stride[2] + column;
           kKernel->add_part(sum, weight, at(bytes(call.out_parts), call.in_dtype, offset), static_cast<Elem>(call.in_dtype), columns);
         }

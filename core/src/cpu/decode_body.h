@@ -537,8 +537,10 @@ void attend_in(const AttendArgs& a, const LaneScratch& w) {
   int64_t n_ahead = min_int(step, end - a.begin_token);
   look_ahead(a, a.begin_token, n_ahead, ahead);
   fetch_now(ahead, n_ahead);
-  pack_q<S, M>(a, w, padded_rows);
-  __builtin_memset(w.rows, 0, static_cast<uint64_t>(w.row_stride) * 4);  // the partner of the last key of an odd number
+  if (!a.is_q_packed) {
+    pack_q<S, M>(a, w, padded_rows);
+    __builtin_memset(w.rows, 0, static_cast<uint64_t>(w.row_stride) * 4);  // the partner of the last key of an odd number
+  }
   Keys keys;
   Before before = Before::kNothing;
   for (int64_t first = a.begin_token; first < end; first += step) {

@@ -52,6 +52,7 @@ struct AttendArgs {
   int64_t visible0;      // causal: keys that query token 0 sees on all ranks together; token t sees t more. May be negative.
   int32_t cp_world, cp_rank;  // key j is key j * cp_world + cp_rank of the request
   float scale_log2e;
+  bool is_q_packed;      // LaneScratch::q and ::rows are as an earlier call with the same rows left them
 };
 
 // What one running task works in. Sizes are set by lane_scratch() in cpu_backend.cc.
