@@ -14,7 +14,8 @@ import torch
 from . import _decode
 from ._torch import DTYPES
 
-_LIBRARY = torch.library.Library("mlakit", "DEF")
+_torch_library: Any = torch.library  # has no types
+_LIBRARY = _torch_library.Library("mlakit", "DEF")
 
 _INPUTS = """
     Tensor q, Tensor? q_rope, Tensor kv_cache, Tensor? kv_rope, Tensor block_table, Tensor cache_seqlens, Tensor? cu_seqlens_q,
@@ -108,18 +109,15 @@ def _merge_kernel(out_parts: torch.Tensor, lse_parts: torch.Tensor, lse_base: st
     return _decode.merge_states(out_parts, lse_parts, lse_base=lse_base)  # type: ignore[arg-type]
 
 
-@torch.library.register_fake("mlakit::decode", lib=_LIBRARY)
 def _decode_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     q, value_dim = inputs[0], inputs[9]
     return q.new_empty((*q.shape[:-1], value_dim)), q.new_empty(q.shape[:-1], dtype=DTYPES["fp32"])
 
 
-@torch.library.register_fake("mlakit::decode_into", lib=_LIBRARY)
 def _decode_into_fake(*arguments: Any) -> None:
     return None
 
 
-@torch.library.register_fake("mlakit::merge_states", lib=_LIBRARY)
 def _merge_fake(out_parts: torch.Tensor, lse_parts: torch.Tensor, lse_base: str) -> tuple[torch.Tensor, torch.Tensor]:
     return out_parts.new_empty(out_parts.shape[1:]), lse_parts.new_empty(lse_parts.shape[1:])
 
@@ -142,7 +140,12 @@ def _refuse_autograd(name: str) -> Any:
     return kernel
 
 
-for _name, _kernel in (("decode", _decode_kernel), ("decode_into", _decode_into_kernel), ("merge_states", _merge_kernel)):
+for _name, _kernel, _fake in (
+    ("decode", _decode_kernel, _decode_fake),
+    ("decode_into", _decode_into_kernel, _decode_into_fake),
+    ("merge_states", _merge_kernel, _merge_fake),
+):
     _LIBRARY.impl(_name, _kernel, "CPU")
     _LIBRARY.impl(_name, _kernel, "CUDA")
     _LIBRARY.impl(_name, _refuse_autograd(_name), "Autograd", with_keyset=True)
+    _torch_library.register_fake(f"mlakit::{_name}", _fake, lib=_LIBRARY)

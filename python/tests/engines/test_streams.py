@@ -1,8 +1,8 @@
 """Which stream a producer without DLPack's C exchange API is asked to export for: the one that the work runs on.
 
 A producer that is asked for another stream than its current one records an event and makes that stream wait, which costs time,
-and makes the capture of a CUDA graph fail. The producers here say that they are CUDA tensors and hand out host memory, so that the
-whole call can run on a machine without a GPU.
+and makes the capture of a CUDA graph fail. The producers here say that they are CUDA tensors and hand out host memory, so that
+the whole call can run on a machine without a GPU.
 """
 
 from __future__ import annotations
