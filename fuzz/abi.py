@@ -22,8 +22,18 @@ CAUSAL, RAGGED_Q, LSE_BASE2, TREE_MASK, EXTRA_SEGMENT, DEBUG = (1 << bit for bit
 
 # numpy's name of an element type -> DLPack's (code, bits)
 DLPACK_TYPES = {
-    **{"bfloat16": (4, 16), "float16": (2, 16), "float32": (2, 32), "float64": (2, 64), "float8_e4m3fn": (10, 8)},
-    **{"int8": (0, 8), "int16": (0, 16), "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8), "uint16": (1, 16), "bool": (6, 8)},
+    "bfloat16": (4, 16),
+    "float16": (2, 16),
+    "float32": (2, 32),
+    "float64": (2, 64),
+    "float8_e4m3fn": (10, 8),
+    "int8": (0, 8),
+    "int16": (0, 16),
+    "int32": (0, 32),
+    "int64": (0, 64),
+    "uint8": (1, 8),
+    "uint16": (1, 16),
+    "bool": (6, 8),
 }
 
 
@@ -139,10 +149,17 @@ class MergeArgs(ctypes.Structure):
 
 # C name -> mirror
 STRUCTS = {
-    **{"mla_device": Device, "mla_data_type": DataType, "mla_tensor": Tensor},
-    **{"mla_tensor_storage": TensorStorage, "mla_problem": Problem},
-    **{"mla_backend_info": BackendInfo, "mla_context_options": ContextOptions, "mla_plan_info": PlanInfo},
-    **{"mla_schedule_args": ScheduleArgs, "mla_decode_args": DecodeArgs, "mla_merge_args": MergeArgs},
+    "mla_device": Device,
+    "mla_data_type": DataType,
+    "mla_tensor": Tensor,
+    "mla_tensor_storage": TensorStorage,
+    "mla_problem": Problem,
+    "mla_backend_info": BackendInfo,
+    "mla_context_options": ContextOptions,
+    "mla_plan_info": PlanInfo,
+    "mla_schedule_args": ScheduleArgs,
+    "mla_decode_args": DecodeArgs,
+    "mla_merge_args": MergeArgs,
 }
 
 _FUNCTIONS = {
@@ -283,8 +300,9 @@ class Plan:
 
     def decode_args(self, inputs: Any) -> DecodeArgs:
         args = DecodeArgs(struct_size=ctypes.sizeof(DecodeArgs))
-        for name in ("q", "q_rope", "kv_cache", "kv_rope", "block_table", "cache_seqlens", "sink", "out", "lse", "global_seqlens"):
-            setattr(args, name, tensor(getattr(inputs, name)))
+        for name, kind in DecodeArgs._fields_:
+            if kind is POINTER(Tensor) and hasattr(inputs, name):
+                setattr(args, name, tensor(getattr(inputs, name)))
         args.schedule, args.schedule_bytes = self.schedule_buffer.ctypes.data, self.schedule_buffer.nbytes
         args.scratch, args.scratch_bytes = self.scratch_buffer.ctypes.data, self.scratch_buffer.nbytes
         return args

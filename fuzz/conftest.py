@@ -30,7 +30,9 @@ settings.load_profile(os.environ.get("MLAKIT_FUZZ_PROFILE", "dev"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--keep-failures", action="store_true", help="write the shrunken case of each failing property to fuzz/corpus")
+    parser.addoption(
+        "--keep-failures", action="store_true", help="write the shrunken case of each failing property to fuzz/corpus"
+    )
     parser.addoption("--backend", help="run on this backend only, by the name that mlakit info lists")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from mlakit import testing
-from mlakit.testing import Case, Inputs
 
 import abi
+from mlakit import testing
+from mlakit.testing import Case, Inputs
 
 last_case: Case | None = None
 only: str | None = None  # pytest --backend
@@ -23,7 +23,8 @@ def dtypes(backend: str) -> tuple[str, ...]:
             abi.Plan(f"dense:{dtype}:b1:q1:h1:l1", backend).close()
             taken.append(dtype)
         except abi.Refused as refusal:
-            assert refusal.status == abi.UNSUPPORTED, refusal
+            if refusal.status != abi.UNSUPPORTED:
+                raise
     assert taken, f"{backend} takes no element type"
     return tuple(taken)
 

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 from hypothesis import strategies as st
+
 from mlakit.testing import Case, Memory
 
 # (head_dim, value_dim), the small ones more often because a call costs their size

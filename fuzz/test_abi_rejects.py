@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlakit import testing
 
 import abi
 import harness
+from mlakit import testing
 from strategies import any_int, cases, different
 
 REFUSALS = (abi.INVALID_ARGUMENT, abi.UNSUPPORTED, abi.WORKSPACE_TOO_SMALL)
@@ -37,8 +37,8 @@ def assert_refused(status: int) -> None:
 def with_margin(case: testing.Case) -> testing.Case:
     """Row major tensors, with free elements behind the last one."""
     rows = 2 if case.parsed.ragged_q else 3
-    ndims = {"q": rows + 1, "q_rope": rows + 1, "kv_cache": 4, "kv_rope": 4, "block_table": 2, "cache_seqlens": 1, "out": rows + 1}
-    ndims["lse"] = rows
+    ndims = {"q": rows + 1, "q_rope": rows + 1, "kv_cache": 4, "kv_rope": 4, "block_table": 2, "cache_seqlens": 1}
+    ndims |= {"out": rows + 1, "lse": rows}
     return case.replace(memory={name: testing.Memory(tuple(range(n)), (MARGIN, *[0] * (n - 1))) for name, n in ndims.items()})
 
 
@@ -169,7 +169,9 @@ def test_mutated_structs(case: testing.Case, data: st.DataObject) -> None:
         kind = data.draw(st.sampled_from(("null", "flags", "unused", "buffer", "struct_size")))
         must_refuse, pointer = True, byref(args)
         if kind == "null":
-            name = data.draw(st.sampled_from([name for name in TENSORS if hasattr(args, name) and getattr(inputs, name) is not None]))
+            name = data.draw(
+                st.sampled_from([name for name in TENSORS if hasattr(args, name) and getattr(inputs, name) is not None])
+            )
             setattr(args, name, None)
             # Without one rope view the other tensor has too few columns.
             must_refuse = name in ("q", "q_rope", "kv_cache", "kv_rope", "block_table", "out")
@@ -259,7 +261,9 @@ def test_mutated_problems(case: testing.Case, data: st.DataObject) -> None:
         testing.check_decode(changed, inputs, what=backend, exact=harness.is_exact(backend))
 
 
-@given(text=st.one_of(st.text(st.sampled_from(string.printable), max_size=40), st.text(max_size=20)), case=cases(), data=st.data())
+@given(
+    text=st.one_of(st.text(st.sampled_from(string.printable), max_size=40), st.text(max_size=20)), case=cases(), data=st.data()
+)
 def test_any_text_as_a_problem(text: str, case: testing.Case, data: st.DataObject) -> None:
     """Random text, and a valid line with a piece of it replaced, doubled or cut."""
     line = case.problem
@@ -301,7 +305,9 @@ def test_format_stays_in_its_buffer(case: testing.Case, room: int) -> None:
 
 
 @given(
-    name=st.one_of(st.none(), st.binary(max_size=20).filter(lambda b: b"\0" not in b), st.sampled_from(abi.cpu_backends()).map(str.encode)),
+    name=st.one_of(
+        st.none(), st.binary(max_size=20).filter(lambda b: b"\0" not in b), st.sampled_from(abi.cpu_backends()).map(str.encode)
+    ),
     threads=any_int(32),
     flags=st.sampled_from((0, 0, 0, 1, 2**31)),
     reserved=st.sampled_from((0, 0, 0, 1, -1)),
@@ -361,7 +367,9 @@ def test_mutated_merges(data: st.DataObject) -> None:
     testing.check_close(arrays["lse"], want_lse, 1e-5, f"merged lse with {name}.{field} = {value}")
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"dense", b"dense:bf16:" + b"b1:" * 5000, b"dense:bf16:b99999999999999999999"])
+@pytest.mark.parametrize(
+    "text", [b"", b"\xff\xfe", b"dense", b"dense:bf16:" + b"b1:" * 5000, b"dense:bf16:b99999999999999999999"]
+)
 def test_hostile_texts(text: bytes) -> None:
     problem = abi.Problem()
     assert_refused(abi.library().mla_problem_parse(byref(problem), text))

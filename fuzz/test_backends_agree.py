@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 
-import mlakit
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlakit import testing
 
 import abi
 import harness
+import mlakit
+from mlakit import testing
 from strategies import cases
 
 
@@ -83,7 +83,7 @@ def test_the_python_package_gives_the_bits_of_the_c_abi(case: testing.Case) -> N
         lse=inputs.lse,
         return_lse=case.has_lse,
     )
-    harness.assert_same_bits(harness.decode(case, plan.info.backend), abi.Result.of(inputs), f"C and Python")
+    harness.assert_same_bits(harness.decode(case, plan.info.backend), abi.Result.of(inputs), "C and Python")
 
 
 @given(case=cases())

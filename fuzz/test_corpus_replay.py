@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mlakit import testing
 
 import harness
+from mlakit import testing
 
 CORPUS = Path(__file__).parent / "corpus"
 CASES = {path.stem: testing.Case.from_json(path.read_text()) for path in sorted(CORPUS.glob("*.json"))} | testing.NAMED_CASES

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from mlakit import testing
 
 import harness
 import strategies
+from mlakit import testing
 from strategies import cases
 
 

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlakit import testing
 
 import abi
 import harness
+from mlakit import testing
 from schedule_bytes import MAGIC, Schedule
 from strategies import cases
-
 
 backends = st.deferred(lambda: st.sampled_from(harness.chosen()))
 

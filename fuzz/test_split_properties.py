@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from mlakit import testing
-from mlakit.reference import float64, merge_states_reference
 
 import abi
 import harness
 import strategies
+from mlakit import testing
+from mlakit.reference import float64, merge_states_reference
 from strategies import cases
 
 
@@ -37,7 +37,9 @@ def test_two_halves_make_the_whole(case: testing.Case, data: st.DataObject) -> N
         check_joined(case, want, [harness.decode(case, backend, half) for half in halves], backend)
 
 
-@given(case=cases(always=strategies.FP32_OUT, never=strategies.NO_LSE | strategies.SINK, has_memory=False), world=st.integers(2, 4))
+@given(
+    case=cases(always=strategies.FP32_OUT, never=strategies.NO_LSE | strategies.SINK, has_memory=False), world=st.integers(2, 4)
+)
 def test_shards_make_the_whole(case: testing.Case, world: int) -> None:
     """Context parallel: rank r holds keys r, r + world, ... of each request in a cache of its own; causal is the whole's."""
     whole = testing.make_inputs(case)

@@ -73,7 +73,9 @@ def test_the_scale_is_that_of_the_head_by_default() -> None:
 def test_base_2_is_the_same_number_in_other_units() -> None:
     rng = np.random.default_rng(3)
     q, keys = rng.standard_normal((1, 3, 16)), rng.standard_normal((4, 16))
-    np.testing.assert_allclose(call(q, keys, value_dim=8, lse_base="2")[1], call(q, keys, value_dim=8)[1] / math.log(2), rtol=1e-15)
+    np.testing.assert_allclose(
+        call(q, keys, value_dim=8, lse_base="2")[1], call(q, keys, value_dim=8)[1] / math.log(2), rtol=1e-15
+    )
 
 
 def test_two_views_are_one_tensor() -> None:
@@ -82,7 +84,11 @@ def test_two_views_are_one_tensor() -> None:
     table, lengths = np.array([[3, 1]], np.int32), np.array([3], np.int32)
     whole = mla_decode_reference(q, cache, table, lengths, value_dim=6)
     split = mla_decode_reference(
-        *(q[..., :6], cache[..., :6], table, lengths), value_dim=6, softmax_scale=10**-0.5, q_rope=q[..., 6:], kv_rope=cache[..., 6:]
+        *(q[..., :6], cache[..., :6], table, lengths),
+        value_dim=6,
+        softmax_scale=10**-0.5,
+        q_rope=q[..., 6:],
+        kv_rope=cache[..., 6:],
     )
     for one, other in zip(whole, split, strict=True):
         np.testing.assert_array_equal(one, other)

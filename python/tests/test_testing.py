@@ -122,7 +122,9 @@ def test_a_plain_computation_in_the_type_passes(dtype: str, length: int) -> None
     """Weights rounded to the type before the second product, as every flash kernel does, is what the table allows."""
     case = Case(f"dense:{dtype}:b1:q1:h16:d576:v512:p64:l{length}", (length,))
     inputs = testing.make_inputs(case)
-    [group] = testing.reference.groups(inputs.q, inputs.kv_cache, inputs.block_table, inputs.cache_seqlens, *(False, None, None, None))
+    [group] = testing.reference.groups(
+        inputs.q, inputs.kv_cache, inputs.block_table, inputs.cache_seqlens, *(False, None, None, None)
+    )
     scores = 576**-0.5 * (group.q @ group.keys.T)
     exps = np.exp(scores - scores.max(-1, keepdims=True))
     out = round_to(exps, testing.ROUNDOFF[dtype]) @ group.keys[:, :512] / exps.sum(-1, keepdims=True)

@@ -51,13 +51,13 @@ TOLERANCES = {
     "fp16": Tolerance(weight=2 * ROUNDOFF["fp16"], one_minus_cosine=ROUNDOFF["fp16"] ** 2 / 2),
     # exp2 by a polynomial in fp32: 2 ulp, twice.
     "fp32": Tolerance(weight=2 * 4 * ROUNDOFF["fp32"], one_minus_cosine=1e-10),
-    # The reference backend works in float64 on the same inputs: only its fp32 softmax_scale and the rounding of its results are left.
+    # The reference backend works in float64: only its fp32 softmax_scale and the rounding of its results are left.
     "exact": Tolerance(weight=2.0**-40, one_minus_cosine=0.0),
 }
 COSINE_COLUMNS = 64
 
-# fp32 sums of n terms: errors of single additions are independent, so they grow as sqrt(n); 4 standard deviations. A score's terms
-# vary in sign, and its running sum stays near the root of their squares.
+# fp32 sums of n terms: errors of single additions are independent, so they grow as sqrt(n); 4 standard deviations. The terms of a
+# score vary in sign, and its running sum stays near the root of their squares.
 SUM_SIGMAS = 4.0
 # What fp32 arithmetic adds to any lse: log2 and exp2 by polynomials, the change of base.
 LSE_FLOOR = 2.0**-20
@@ -151,8 +151,8 @@ def check_close(got: Any, want: Any, limit: Any, label: str = "", *, one_minus_c
         got: any framework, any element type.
         want: float64; NaN and infinities must be at exactly the same places.
         limit: the largest |got - want|, a number or an array of want's shape.
-        one_minus_cosine: also the largest 1 - cosine of each row (last axis) of at least COSINE_COLUMNS finite columns; a number or
-            one for each row.
+        one_minus_cosine: also the largest 1 - cosine of each row (last axis) of at least COSINE_COLUMNS finite columns; a
+            number, or one for each row.
     """
     import numpy as np
 
@@ -231,7 +231,10 @@ class Case:
         fields = json.loads(text)
         for name in ("lengths", "q_lens"):
             fields[name] = tuple(fields.get(name, ()))
-        fields["memory"] = {name: Memory(tuple(memory["order"]), tuple(memory["gaps"]), memory["step"]) for name, memory in fields.get("memory", {}).items()}
+        fields["memory"] = {
+            name: Memory(tuple(memory["order"]), tuple(memory["gaps"]), memory["step"])
+            for name, memory in fields.get("memory", {}).items()
+        }
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -407,8 +410,16 @@ def make_inputs(case: Case, framework: str = "numpy", device: str = "cpu") -> In
     lse = place("lse", rows, np.dtype(np.float32), np.nan) if case.has_lse else None
 
     arrays = {
-        **{"q": q, "q_rope": q_rope, "kv_cache": kv_cache, "kv_rope": kv_rope, "block_table": table},
-        **{"cache_seqlens": cache_seqlens, "cu_seqlens_q": cu_seqlens_q, "sink": sink, "out": out, "lse": lse},
+        "q": q,
+        "q_rope": q_rope,
+        "kv_cache": kv_cache,
+        "kv_rope": kv_rope,
+        "block_table": table,
+        "cache_seqlens": cache_seqlens,
+        "cu_seqlens_q": cu_seqlens_q,
+        "sink": sink,
+        "out": out,
+        "lse": lse,
     }
     arrays = {name: None if array is None else convert(array, framework, device) for name, array in arrays.items()}
     keywords = {

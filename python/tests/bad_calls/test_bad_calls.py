@@ -19,9 +19,10 @@ from ctypes import byref
 from pathlib import Path
 from typing import Any
 
-import mlakit
 import numpy as np
 import pytest
+
+import mlakit
 from mlakit import testing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "fuzz"))
@@ -55,7 +56,7 @@ MERGE_SHAPES = {"out_parts": (2, 3, 4, 5), "lse_parts": (2, 3, 4), "out": (3, 4,
 def change(arrays: dict[str, Any], name: str, how: dict[str, Any]) -> Any:
     """The array that a call gets instead of arrays[name]."""
     array = arrays[name]
-    dtype = np.dtype(np.int32) if array is None and name.endswith(("seqlens", "seqlens_q")) else np.dtype(np.float32) if array is None else array.dtype
+    dtype = np.dtype(np.float32) if array is None else array.dtype
     if "dtype" in how:
         with np.errstate(invalid="ignore"):  # outputs are NaN, which is no int
             return array.astype(testing.numpy_dtype("bf16") if how["dtype"] == "bfloat16" else how["dtype"])
@@ -283,7 +284,9 @@ def call_python(entry: dict[str, Any], arrays: dict[str, Any]) -> None:
         t = changed(arrays, what)
         base = BASES[entry.get("base", "uniform")]
         keywords = {**testing.make_inputs(base).keywords, "sink": t["sink"], **what.get("keywords", {})}
-        mlakit.mla_decode(*(t[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")), **keywords, out=t["out"], lse=t["lse"])
+        mlakit.mla_decode(
+            *(t[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")), **keywords, out=t["out"], lse=t["lse"]
+        )
     else:
         plan = mlakit.Plan(BASES[entry.get("base", "uniform")].problem)
         t, buffers = changed(arrays, what), what.get("buffers", {})
