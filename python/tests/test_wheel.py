@@ -112,6 +112,11 @@ def test_its_bill_of_materials_names_what_is_linked_in(wheel: Path) -> None:
     assert all(component["version"] for component in bill["components"])
 
 
+def test_it_carries_the_notices_of_what_is_linked_in(wheel: Path) -> None:
+    licences = [name.split(".dist-info/licenses/")[1] for name in names(wheel) if ".dist-info/licenses/" in name]
+    assert set(licences) == {"LICENSE", "nanobind/LICENSE"}
+
+
 def test_its_libraries_need_neither_a_driver_nor_torch(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
