@@ -109,21 +109,23 @@ Status encode_maps(const layout::TmaSource& row, const void* rope_data, const la
   layout::TmaSource rope = rope_data != nullptr ? rope_row : row;
   if (rope_data == nullptr) rope.base = static_cast<const uint16_t*>(row.base) + sm90::kValueDim;
   rope.groups = 1;
+  rope.box_groups = 1;
   return encode_tensor_map(layout::make_box(rope), config.dtype, rope_data != nullptr ? rope_name : name, maps.rope);
 }
 
 layout::TmaSource q_source(const Plan& plan, const DecodeCall& call, const RowView& q) {
   const Problem& p = plan.problem;
   return {q.data,         p.q_heads,           q.head_stride, sm90::kLatentGroups, p.is_ragged ? call.q_tokens : p.q_len,
-          q.token_stride, p.is_ragged ? 1 : call.batch, q.batch_stride,  layout::run_rows(p.heads_per_kv_head())};
+          q.token_stride, p.is_ragged ? 1 : call.batch, q.batch_stride,  layout::run_rows(p.heads_per_kv_head()), sm90::kLatentGroups};
 }
 
 // A cache without pages is seen as 128 bytes of something readable: every page id is then outside but 0, which no valid call uses.
 layout::TmaSource kv_source(const Plan& plan, const DecodeCall& call, const CacheView& kv) {
   const Problem& p = plan.problem;
   const int32_t run = layout::run_rows(p.page_size);
-  if (kv.pages == 0) return {call.schedule, 1, 0, 1, 1, 0, 1, 0, run};
-  return {kv.data, p.page_size, kv.token_stride, sm90::kLatentGroups, p.kv_heads, kv.head_stride, kv.pages, kv.page_stride, run};
+  const int32_t box_groups = run == layout::kSlotRows ? sm90::kLatentGroups : 1;
+  if (kv.pages == 0) return {call.schedule, 1, 0, 1, 1, 0, 1, 0, run, box_groups};
+  return {kv.data, p.page_size, kv.token_stride, sm90::kLatentGroups, p.kv_heads, kv.head_stride, kv.pages, kv.page_stride, run, box_groups};
 }
 
 sm90::ResultParams result_params(const Plan& plan, const DecodeCall& call) {
@@ -138,18 +140,34 @@ sm90::ResultParams result_params(const Plan& plan, const DecodeCall& call) {
   result.is_out_fp32 = p.out_dtype == DType::kFp32;
   result.partial_out = reinterpret_cast<float*>(call.scratch);
   result.partial_lse = reinterpret_cast<float*>(call.scratch + shape.partial_out_bytes());
-  result.slot_rows = shape.slot_rows;
+  result.partial = shape.partial;
   return result;
 }
 
-// Which blocks of the combine grid stand for what, see CombineParams.
-LaunchShape combine_shape(const PlanShape& shape, int32_t batch, bool* is_by_item) {
+// How the combine grid is laid out, see CombineParams.
+struct CombineShape {
+  LaunchShape launch;
+  int32_t warps_of_tile;
+  bool is_by_item;
+};
+
+CombineShape combine_shape(const PlanShape& shape, int32_t batch, int multiprocessors) {
   const int64_t items = int64_t{batch} * shape.items_per_request;
   const int64_t cut_places = shape.config.parts - 1;
-  *is_by_item = shape.config.chunk_blocks > 0 || items <= cut_places;
-  const bool has_many_cuts = items * sm90::kFewCuts <= shape.config.parts;
-  const unsigned ctas = has_many_cuts ? static_cast<unsigned>(shape.slot_rows) * unsigned{sm90::kRowQuarters} : static_cast<unsigned>(ceil_div(shape.slot_rows, sm90::kCombineWarps));
-  return {dim3(static_cast<unsigned>(*is_by_item ? items : cut_places), ctas), sm90::kCombineThreads};
+  CombineShape c{};
+  c.is_by_item = shape.config.chunk_blocks > 0 || items <= cut_places;
+  const int64_t tiles = int64_t{shape.partial.strips} * layout::PartialLayout::kTiles;
+  const int64_t cuts = ceil_div(shape.config.parts, std::max<int64_t>(items, 1));  // of an item, about
+  const int64_t resident_ctas = int64_t{3} * multiprocessors;
+  c.warps_of_tile = 1;
+  while (c.warps_of_tile < sm90::kCombineWarps && c.warps_of_tile * 4 <= cuts &&
+         items * tiles * c.warps_of_tile * 2 <= resident_ctas * sm90::kCombineWarps) {
+    c.warps_of_tile *= 2;
+  }
+  const int64_t tiles_of_cta = sm90::kCombineWarps * (c.warps_of_tile > 1 ? 1 : sm90::kCombineTiles) / c.warps_of_tile;
+  c.launch = {dim3(static_cast<unsigned>(c.is_by_item ? items : cut_places), static_cast<unsigned>(ceil_div(tiles, tiles_of_cta))),
+              sm90::kCombineThreads};
+  return c;
 }
 
 Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
@@ -181,12 +199,11 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
                               static_cast<unsigned>(shape.cluster), state.variant->shared_bytes},
                              params, stream));
 
-  bool is_by_item = false;
-  const LaunchShape combine = combine_shape(shape, call.batch, &is_by_item);
-  if (combine.grid.x == 0) return Status::ok();  // a single part cuts nothing
+  const CombineShape combine = combine_shape(shape, call.batch, device_info(p.device_id).multiprocessors);
+  if (combine.launch.grid.x == 0) return Status::ok();  // a single part cuts nothing
   const sm90::CombineParams combine_params{plan.config, plan.layout(), call.schedule, params.result, call.batch,
-                                           is_by_item ? shape.items_per_request : 0};
-  return launch(sm90::combine_kernel_handle(p.q_dtype), "combine kernel", combine, combine_params, stream);
+                                           static_cast<int32_t>(p.q_len), combine.warps_of_tile, combine.is_by_item ? shape.items_per_request : 0};
+  return launch(sm90::combine_kernel_handle(p.q_dtype, combine.warps_of_tile > 1), "combine kernel", combine.launch, combine_params, stream);
 }
 
 Status run_merge(const Context&, const MergeCall& call, void* stream) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/sm90/config.h"
+#include "layout/partial.h"
 #include "problem.h"
 #include "schedule/partition.h"
 
@@ -13,11 +14,11 @@ struct PlanShape {
   schedule::Config config;
   int32_t tiles;              // CTAs of 64 rows that walk an item's keys together
   int32_t cluster;            // of them, so many form a cluster
-  int32_t slot_rows;          // rows of a partial result
+  layout::PartialLayout partial;
   int32_t items_per_request;  // the most
 
-  size_t partial_out_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots) * static_cast<size_t>(slot_rows) * sm90::kValueDim; }
-  size_t partial_lse_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots) * static_cast<size_t>(slot_rows); }
+  size_t partial_out_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots * partial.out_floats()); }
+  size_t partial_lse_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots * partial.lse_floats()); }
 };
 
 // Partial results that fixed_chunk can leave behind. A request of n blocks > c = chunk_blocks leaves ceil(n / c) <= 2 (n - 1) / c for each
@@ -38,10 +39,10 @@ inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   c.item_rows = shape.tiles * sm90::kTileRows;
   c.heads_per_kv_head = p.heads_per_kv_head();
   c.kv_heads = p.kv_heads;
-  c.parts = std::max(1, multiprocessors / shape.tiles);
+  c.parts = std::clamp(multiprocessors / shape.tiles, 1, sm90::kCombineThreads);  // combine has a thread for each
   c.overhead_blocks = 1;
   c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;
-  shape.slot_rows = static_cast<int32_t>(std::min<int64_t>(c.item_rows, max_rows));
+  shape.partial.strips = static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));
   shape.items_per_request = static_cast<int32_t>(c.items(p.q_len));
   c.slots = c.chunk_blocks > 0 ? fixed_chunk_slots(p, c, shape.items_per_request) : 2 * int64_t{c.parts};
   return shape;

@@ -26,8 +26,7 @@ struct TmaBox {
 MLA_HD constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 
 // A slot is filled by runs: the most rows that one box can always take without leaving a page (or a query token), whatever the row it
-// starts at. A run of the whole slot moves every column group at once; a shorter one moves one group, because the rows of a group lie
-// together in shared memory.
+// starts at.
 MLA_HD constexpr int run_rows(int64_t rows_together) { return gcd(static_cast<int>(rows_together % kSlotRows), kSlotRows); }
 static_assert(run_rows(64) == 32 && run_rows(256) == 32 && run_rows(16) == 16 && run_rows(48) == 16 && run_rows(1) == 1 && run_rows(63) == 1);
 
@@ -37,7 +36,8 @@ struct TmaSource {
   int32_t groups;
   int64_t outer, outer_stride;
   int64_t outermost, outermost_stride;
-  int32_t run;  // run_rows()
+  int32_t run;         // run_rows()
+  int32_t box_groups;  // column groups that one box takes
 };
 
 MLA_HD constexpr TmaBox make_box(const TmaSource& s) {
@@ -48,7 +48,7 @@ MLA_HD constexpr TmaBox make_box(const TmaSource& s) {
           {kGroupColumns, s.rows, s.groups, s.outer, s.outermost},
           {s.rows > 1 ? s.row_stride * kElementBytes : kGroupStride, kGroupStride, s.outer > 1 ? s.outer_stride * kElementBytes : kGroupStride,
            s.outermost > 1 ? s.outermost_stride * kElementBytes : kGroupStride},
-          {kGroupColumns, s.run, s.run == kSlotRows ? s.groups : 1, 1, 1}};
+          {kGroupColumns, s.run, s.box_groups, 1, 1}};
 }
 
 }  // namespace mla::layout

@@ -112,8 +112,9 @@ MLA_HD constexpr Piece piece_at(const Config& c, int32_t p, const Boundary& at, 
   if (c.chunk_blocks > 0) {
     if (stop > at.block + c.chunk_blocks) stop = at.block + c.chunk_blocks;
     if (n > c.chunk_blocks) {
-      const int64_t chunks = (n + c.chunk_blocks - 1) / c.chunk_blocks;
-      slot = slot_prefix + at.item * chunks + at.block / c.chunk_blocks;
+      const uint32_t chunk_blocks = static_cast<uint32_t>(c.chunk_blocks);  // unsigned divisions are the shorter ones
+      const uint32_t chunks = (static_cast<uint32_t>(n) + chunk_blocks - 1) / chunk_blocks;
+      slot = slot_prefix + int64_t{at.item} * chunks + static_cast<uint32_t>(at.block) / chunk_blocks;
     }
   } else if (at.block > 0 || stop < n) {
     slot = 2 * static_cast<int64_t>(p) + (at.block > 0 ? 0 : 1);

@@ -1,197 +1,203 @@
 // Joins the partial results of every item that was cut into pieces, in the order of the cuts, and finishes its rows.
 //
-// An item cut into few pieces: a warp a row. Cut into many (long requests in small batches): a CTA for a quarter of a row, each warp a
-// share of the pieces, so that enough loads are in flight.
+// The unit of work is a few tiles of one strip (16 rows), see layout/partial.h. Where there are many items, each is cut into few pieces,
+// and a warp takes kCombineTiles tiles. Where there are few items (small batches), up to a whole CTA shares the pieces of one tile, so
+// that enough loads are in flight. Small batches wait for this kernel, so it is short: no division in 64 bits, and two rounds of loads.
 #pragma once
 
 #include "cuda/sm90/epilogue.cuh"
+#include "cuda/sm90/kernels.h"
 #include "cuda/sm90/ptx/pdl.cuh"
-#include "cuda/sm90/softmax.cuh"
 
 namespace mla::cuda::sm90 {
 
-inline constexpr int kQuarter = kValueDim / kRowQuarters;  // columns: four a lane
+using layout::PartialLayout;
 
-struct CutItem {
-  Work work;          // request, q_tokens, q_begin, first_row, kv_head
-  int32_t blocks;     // n of its request
-  int32_t item;
-  int64_t item_begin;
-  int64_t slot_prefix;
-  schedule::Cuts cuts;
-  bool is_cut;
-};
+inline constexpr int32_t kNoPiece = -1;  // in a list of slots: this cut holds no block
 
-// Which item blockIdx.x stands for, see CombineParams.
-__device__ inline schedule::Boundary item_of_block(const CombineParams& p, const schedule::ConstView& view) {
+// Cell 0 of the item that blockIdx.x stands for, see CombineParams; request = batch: none.
+__device__ __forceinline__ schedule::Boundary item_of_block(const CombineParams& p, const schedule::ConstView& view) {
   const schedule::Boundary none{p.batch, 0, 0, 0};
-  if (p.items_per_request > 0) return {static_cast<int32_t>(blockIdx.x) / p.items_per_request, static_cast<int32_t>(blockIdx.x) % p.items_per_request, 0, 0};
+  if (p.items_per_request > 0) {
+    const int32_t request = static_cast<int32_t>(blockIdx.x) / p.items_per_request;
+    return {request, static_cast<int32_t>(blockIdx.x) % p.items_per_request, 0, 0};
+  }
   const schedule::Boundary before = view.boundary()[blockIdx.x], at = view.boundary()[blockIdx.x + 1];
   const bool is_first_cut = at.block > 0 && !(before.request == at.request && before.item == at.item && before.block > 0);
-  return is_first_cut ? at : none;
+  return is_first_cut && at.request < p.batch ? schedule::Boundary{at.request, at.item, 0, 0} : none;
 }
 
-__device__ inline CutItem find_item(const CombineParams& p, const schedule::ConstView& view) {
-  CutItem it{};
-  const schedule::Boundary at = item_of_block(p, view);
-  if (at.request >= min(p.batch, view.header()->batch)) return it;
-  const int32_t q_tokens = view.q_tokens(at.request);
-  const int32_t len = view.len()[at.request];
-  it.blocks = p.config.blocks(len);
-  if (it.blocks == 0 || at.item >= p.config.items(q_tokens)) return it;
-  it.item = at.item;
-  it.item_begin = view.cost_prefix()[at.request] + at.item * p.config.item_cost(len);
-  it.slot_prefix = view.slot_prefix()[at.request];
-  it.cuts = schedule::cuts_of_item(p.config, it.item_begin, view.header()->total_cost, it.blocks);
-  it.is_cut = it.cuts.last > it.cuts.first;
-  it.work = {at.request, 0, 0, len, q_tokens, view.q_begin()[at.request], at.item / p.config.kv_heads * p.config.item_rows,
-             at.item % p.config.kv_heads, kWholeItem};
-  return it;
+// Lists the slots of the item's pieces in order, from number `round` on, as many as the CTA has threads; returns how many. Every thread
+// calls this. balanced: a thread for each part (a plan has no more), so there is one round.
+__device__ __forceinline__ int list_slots(const CombineParams& p, const schedule::ConstView& view, const schedule::Boundary& item, int64_t round,
+                                          int32_t* s_slots) {
+  const int32_t thread = threadIdx.x;
+  if (p.config.chunk_blocks > 0) {
+    if (item.request >= view.header()->batch) return 0;
+    const int32_t chunks = p.config.chunks(view.len()[item.request]);
+    const int64_t slot = view.slot_prefix()[item.request] + int64_t{item.item} * chunks + round + thread;
+    s_slots[thread] = slot < p.config.slots ? static_cast<int32_t>(slot) : kDropped;
+    return __syncthreads_count(round + thread < chunks);
+  }
+  const bool is_part = thread < p.config.parts;
+  const schedule::Boundary begin = view.boundary()[is_part ? thread : 0], end = view.boundary()[is_part ? thread + 1 : 0];
+  const bool begins_in_time = begin.request < item.request || (begin.request == item.request && begin.item <= item.item);
+  const bool reaches = is_part && schedule::is_before(item, end);  // past the item's first cell
+  const bool is_inside = begin.request == item.request && begin.item == item.item && begin.block > 0;
+  const bool is_empty = is_inside && end.request == item.request && end.item == item.item && end.block == begin.block;
+  const int first = __syncthreads_count(is_part && !reaches);
+  if (reaches && begins_in_time) s_slots[thread - first] = is_empty ? kNoPiece : 2 * thread + (is_inside ? 0 : 1);
+  return __syncthreads_count(reaches && begins_in_time);
 }
 
-// A merge in progress: sum of weights and weighted sum of O, relative to maximum.
-template <int kVectors>
+// A merge in progress, of this lane's four floats in kTiles tiles: weights and O relative to the maximum of each of its two rows.
+template <int kTiles>
 struct Merge {
-  float maximum = -INFINITY;
-  float sum = 0.0f;
-  float4 o[kVectors] = {};
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};
+  float4 o[kTiles] = {};
+
+  // Makes room for partials of at most these lse; weights of what is there shrink.
+  __device__ __forceinline__ void raise(const float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float raised = fmaxf(maximum[r], lse[r]);
+      const float factor = raised == maximum[r] ? 1.0f : math::merge_weight(maximum[r], raised);
+      maximum[r] = raised;
+      sum[r] *= factor;
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        if (r == 0) o[t] = {o[t].x * factor, o[t].y * factor, o[t].z, o[t].w};
+        else o[t] = {o[t].x, o[t].y, o[t].z * factor, o[t].w * factor};
+      }
+    }
+  }
+  __device__ __forceinline__ void add(const float (&weight)[2], const float4 (&partial)[kTiles]) {
+    sum[0] += weight[0];
+    sum[1] += weight[1];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      o[t] = {fmaf(weight[0], partial[t].x, o[t].x), fmaf(weight[0], partial[t].y, o[t].y), fmaf(weight[1], partial[t].z, o[t].z),
+              fmaf(weight[1], partial[t].w, o[t].w)};
+    }
+  }
 };
 
-__device__ inline float maximum_of_warp(float x) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, d));
-  return x;
-}
-__device__ inline float sum_of_warp(float x) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kWholeWarp, x, d);
-  return x;
-}
-
-// Adds the cuts first, first + stride, ... of one row to m, by one warp; column: of this lane's first vector, the next 128 on.
-template <int kVectors>
-__device__ inline void merge_cuts(const CombineParams& p, const CutItem& it, int64_t total_cost, int32_t item_row, int column, int64_t first,
-                                  int stride, Merge<kVectors>& m) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t round = first; round <= it.cuts.last; round += 32 * stride) {
-    const int64_t cut = round + lane * stride;
-    int64_t slot = -1;
-    float lse = -INFINITY;
-    if (cut <= it.cuts.last) {
-      const schedule::Piece piece =
-          schedule::piece_of_cut(p.config, cut, it.work.request, it.item, it.item_begin, total_cost, it.blocks, it.slot_prefix);
-      if (piece.begin_block < piece.end_block) {
-        slot = piece.slot < p.config.slots ? piece.slot : -1;
-        lse = slot < 0 ? NAN : p.result.partial_lse[slot * p.result.slot_rows + item_row];
-      }
-    }
-    const float maximum = fmaxf(m.maximum, maximum_of_warp(lse));
-    const float weight = math::merge_weight(lse, maximum);
-    const float rescale = math::merge_weight(m.maximum, maximum);
-    m.maximum = maximum;
-    m.sum = m.sum * rescale + sum_of_warp(weight);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) m.o[v] = {m.o[v].x * rescale, m.o[v].y * rescale, m.o[v].z * rescale, m.o[v].w * rescale};
-    const int count = static_cast<int>(min(static_cast<int64_t>(32), (it.cuts.last - round) / stride + 1));
-    constexpr int kUnroll = kVectors == 1 ? 8 : 2;
+// Adds the partials slots[first], slots[first + stride], ... below count; kAtOnce of them are loaded together.
+template <int kTiles, int kAtOnce>
+__device__ __forceinline__ void merge_slots(const ResultParams& result, const int32_t* slots, int first, int stride, int count, int strip,
+                                            int tile, int lane, Merge<kTiles>& m) {
 #pragma unroll 1
-    for (int j = 0; j < count; j += kUnroll) {
-      float4 o[kUnroll][kVectors];
-      float w[kUnroll];
+  for (int i = first; i < count; i += stride * kAtOnce) {
+    float lse[kAtOnce][2];
+    float4 o[kAtOnce][kTiles];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t s = __shfl_sync(kWholeWarp, slot, (j + u) % 32);
-        w[u] = __shfl_sync(kWholeWarp, weight, (j + u) % 32);
-        const bool is_read = j + u < count && s >= 0;
-        const float* source = p.result.partial_out + (s * p.result.slot_rows + item_row) * kValueDim + column;
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int32_t slot = i + u * stride < count ? slots[i + u * stride] : kNoPiece;
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) o[u][v] = is_read ? *reinterpret_cast<const float4*>(source + v * kQuarter) : float4{};
+      for (int r = 0; r < 2; ++r) {
+        const int row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
+        lse[u][r] = slot >= 0 ? result.partial_lse[result.partial.lse_offset(slot, row)] : slot == kDropped ? NAN : -INFINITY;
       }
+      const float* source = result.partial_out + result.partial.out_offset(slot, strip, tile, lane);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (j + u >= count) continue;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          m.o[v] = {fmaf(w[u], o[u][v].x, m.o[v].x), fmaf(w[u], o[u][v].y, m.o[v].y), fmaf(w[u], o[u][v].z, m.o[v].z),
-                    fmaf(w[u], o[u][v].w, m.o[v].w)};
-        }
+      for (int t = 0; t < kTiles; ++t) {
+        o[u][t] = slot >= 0 ? *reinterpret_cast<const float4*>(source + t * PartialLayout::kTileFloats) : float4{};
       }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      m.raise(lse[u]);
+      const float weight[2] = {math::merge_weight(lse[u][0], m.maximum[0]), math::merge_weight(lse[u][1], m.maximum[1])};
+      m.add(weight, o[u]);
     }
   }
 }
 
-// Writes kVectors x 4 columns of a finished row, and its lse.
-template <DType kDType, int kVectors>
-__device__ inline void write_row(const CombineParams& p, const CutItem& it, int32_t item_row, int column, bool writes_lse, const Merge<kVectors>& m) {
-  const int32_t row = it.work.first_row + item_row;
-  const float lse_log2 = math::merged_lse(m.maximum, m.sum);
-  float factor = math::safe_reciprocal(m.sum);
-  if (p.result.sink != nullptr) factor *= math::sink_factor(lse_log2, p.result.sink[head_of_row(p.config.heads_per_kv_head, it.work, row)] * math::kLog2e);
-  if (writes_lse && p.result.lse.data != nullptr) {
-    static_cast<float*>(p.result.lse.data)[row_offset(p.result.lse, p.result, p.config.heads_per_kv_head, it.work, row)] = lse_log2 * p.result.lse_unit;
+// What the warps that share a tile pass to the first of them.
+struct SharedMerge {
+  float4 o[kCombineWarps][32];
+  float4 state[kCombineWarps][32];  // maximum and sum of two rows
+};
+
+// m of a group's warps into m of its first warp.
+__device__ __forceinline__ void join_warps(SharedMerge& s, int warp, int lane, int warps_of_tile, Merge<1>& m) {
+  s.o[warp][lane] = m.o[0];
+  s.state[warp][lane] = {m.maximum[0], m.maximum[1], m.sum[0], m.sum[1]};
+  __syncthreads();
+  if (warp % warps_of_tile != 0) return;
+#pragma unroll 1
+  for (int w = warp + 1; w < warp + warps_of_tile; ++w) {
+    const float4 state = s.state[w][lane], o = s.o[w][lane];
+    const float maximum[2] = {state.x, state.y};
+    m.raise(maximum);
+    // A warp without partials has sum 0 and O 0; a NaN comes along in the sum.
+    const float weight[2] = {state.x == m.maximum[0] ? 1.0f : exp2f(state.x - m.maximum[0]),
+                             state.y == m.maximum[1] ? 1.0f : exp2f(state.y - m.maximum[1])};
+    m.sum[0] += weight[0] * state.z;
+    m.sum[1] += weight[1] * state.w;
+    m.o[0] = {fmaf(weight[0], o.x, m.o[0].x), fmaf(weight[0], o.y, m.o[0].y), fmaf(weight[1], o.z, m.o[0].z), fmaf(weight[1], o.w, m.o[0].w)};
   }
-  const int64_t offset = row_offset(p.result.out, p.result, p.config.heads_per_kv_head, it.work, row) + column;
+}
+
+template <DType kDType, int kTiles>
+__device__ __forceinline__ void finish_strip(const CombineParams& p, const Work& work, int32_t rows, int strip, int tile, int lane,
+                                             const Merge<kTiles>& m) {
+#pragma unroll 1
+  for (int r = 0; r < 2; ++r) {
+    const int32_t item_row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
+    if (item_row >= rows) return;
+    const int32_t row = work.first_row + item_row;
+    const float sum = r == 0 ? m.sum[0] : m.sum[1];
+    const float lse_log2 = math::merged_lse(r == 0 ? m.maximum[0] : m.maximum[1], sum);
+    const float factor =
+        math::safe_reciprocal(sum) * finish_whole_row(p.result, p.config, work, row, lse_log2, tile == 0 && lane % 4 == 0);
+    const int64_t offset = row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, row) + tile * PartialLayout::kTileColumns;
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const float4 o = factor == 0.0f ? float4{} : float4{m.o[v].x * factor, m.o[v].y * factor, m.o[v].z * factor, m.o[v].w * factor};
-    store_pair<kDType>(p.result.out.data, offset + v * kQuarter, p.result.is_out_fp32, o.x, o.y);
-    store_pair<kDType>(p.result.out.data, offset + v * kQuarter + 2, p.result.is_out_fp32, o.z, o.w);
-  }
-}
-
-// One quarter of a row by the whole CTA.
-template <DType kDType>
-__device__ inline void combine_quarter(const CombineParams& p, const CutItem& it, int64_t total_cost, int32_t item_row, int quarter) {
-  __shared__ float s_maximum[kCombineWarps], s_sum[kCombineWarps];
-  __shared__ float4 s_o[kCombineWarps][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int column = quarter * kQuarter + 4 * lane;
-  Merge<1> m;
-  merge_cuts(p, it, total_cost, item_row, column, it.cuts.first + warp, kCombineWarps, m);
-  if (lane == 0) {
-    s_maximum[warp] = m.maximum;
-    s_sum[warp] = m.sum;
-  }
-  s_o[warp][lane] = m.o[0];
-  __syncthreads();
-  if (warp == 0) {
-    Merge<1> all;
-    for (int w = 0; w < kCombineWarps; ++w) all.maximum = fmaxf(all.maximum, s_maximum[w]);
-    for (int w = 0; w < kCombineWarps; ++w) {
-      // The sum of a warp without cuts is 0, and so is its O; one with a NaN carries it in the sum.
-      const float weight = s_sum[w] == 0.0f ? 0.0f : s_maximum[w] == all.maximum ? 1.0f : exp2f(s_maximum[w] - all.maximum);
-      all.sum += weight * s_sum[w];
-      const float4 o = s_o[w][lane];
-      all.o[0] = {fmaf(weight, o.x, all.o[0].x), fmaf(weight, o.y, all.o[0].y), fmaf(weight, o.z, all.o[0].z), fmaf(weight, o.w, all.o[0].w)};
+    for (int t = 0; t < kTiles; ++t) {
+      const float low = r == 0 ? m.o[t].x : m.o[t].z, high = r == 0 ? m.o[t].y : m.o[t].w;
+      store_pair<kDType>(p.result.out.data, offset + t * PartialLayout::kTileColumns + lane % 4 * 2, p.result.is_out_fp32,
+                         factor == 0.0f ? 0.0f : low * factor, factor == 0.0f ? 0.0f : high * factor);
     }
-    write_row<kDType, 1>(p, it, item_row, column, quarter == 0 && lane == 0, all);
   }
-  __syncthreads();
 }
 
-// Grid (items or parts, CTAs for each).
-template <DType kDType>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ CombineParams p) {
+// Grid (items or parts, CTAs for each). kTiles: of a warp; 1: p.warps_of_tile warps share one.
+template <DType kDType, int kTiles>
+__global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 4 : 3) combine_kernel(const __grid_constant__ CombineParams p) {
+  __shared__ int32_t s_slots[kCombineThreads];
+  __shared__ SharedMerge s_merge;
   // I4: decode waited for the schedule before it let this kernel start, so the schedule may be read before the wait.
   const schedule::ConstView view(p.schedule, p.layout);
-  const CutItem it = find_item(p, view);
-  const int64_t total_cost = view.header()->total_cost;
-  ptx::griddepcontrol_wait();
+  const schedule::Boundary item = item_of_block(p, view);
+  int count = item.request < p.batch ? list_slots(p, view, item, 0, s_slots) : 0;
+  ptx::griddepcontrol_wait();  // also by CTAs with nothing to do: no kernel of the stream may overtake decode through this one
   ptx::griddepcontrol_launch_dependents();
-  if (!it.is_cut) return;
-  const int32_t rows = min(p.config.item_rows, it.work.q_tokens * p.config.heads_per_kv_head - it.work.first_row);
-  if (it.cuts.last - it.cuts.first >= kFewCuts) {
-    for (int32_t unit = blockIdx.y; unit < rows * kRowQuarters; unit += gridDim.y) {
-      combine_quarter<kDType>(p, it, total_cost, unit / kRowQuarters, unit % kRowQuarters);
-    }
-  } else {
-    const int lane = threadIdx.x % 32;
-    for (int32_t row = blockIdx.y * kCombineWarps + threadIdx.x / 32; row < rows; row += gridDim.y * kCombineWarps) {
-      Merge<kRowQuarters> m;
-      merge_cuts(p, it, total_cost, row, 4 * lane, it.cuts.first, 1, m);
-      write_row<kDType, kRowQuarters>(p, it, row, 4 * lane, lane == 0, m);
-    }
+  if (count < 2) return;
+  Work work{item.request, 0, 0, 0, p.q_len, 0, item.item / p.config.kv_heads * p.config.item_rows, item.item % p.config.kv_heads, kWholeItem};
+  if (p.result.is_ragged) {
+    work.q_tokens = view.q_tokens(item.request);
+    work.q_begin = view.q_begin()[item.request];
   }
+  const int32_t rows = min(p.config.item_rows, work.q_tokens * p.config.heads_per_kv_head - work.first_row);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warps_of_tile = kTiles == 1 ? p.warps_of_tile : 1;
+  const int first_tile = (blockIdx.y * kCombineWarps + warp) / warps_of_tile * kTiles;
+  const int strip = first_tile / PartialLayout::kTiles, tile = first_tile % PartialLayout::kTiles;
+  const bool has_rows = strip * PartialLayout::kStripRows < rows;
+  Merge<kTiles> m;
+  for (int64_t round = 0;;) {
+    if (has_rows) merge_slots<kTiles, kTiles == 1 ? 4 : 1>(p.result, s_slots, warp % warps_of_tile, warps_of_tile, count, strip, tile, lane, m);
+    if (count < kCombineThreads) break;
+    round += kCombineThreads;
+    __syncthreads();
+    count = list_slots(p, view, item, round, s_slots);
+  }
+  if constexpr (kTiles == 1) {
+    join_warps(s_merge, warp, lane, warps_of_tile, m);
+    if (warp % warps_of_tile != 0) return;
+  }
+  if (has_rows) finish_strip<kDType>(p, work, rows, strip, tile, lane, m);
 }
 
 }  // namespace mla::cuda::sm90

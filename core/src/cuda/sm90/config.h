@@ -19,8 +19,7 @@ inline constexpr int kMathThreads = 128;
 inline constexpr int kScheduleThreads = 512;
 inline constexpr int kCombineWarps = 8;
 inline constexpr int kCombineThreads = 32 * kCombineWarps;
-inline constexpr int kFewCuts = 8;          // up to so many pieces of an item, combine gives a warp to each row
-inline constexpr int kRowQuarters = 4;      // else a CTA to each quarter of a row
+inline constexpr int kCombineTiles = 4;     // of a warp, where items are cut into few pieces
 inline constexpr int kMergeThreads = 128;   // of the kernel behind mla_merge
 
 struct DecodeConfig {
@@ -32,15 +31,17 @@ struct DecodeConfig {
   MLA_HD constexpr int slot_bytes() const { return groups() * layout::kGroupBytes; }
   // All shared memory that is left after Q and P: five slots of 36,864 bytes or six of 32,768.
   MLA_HD constexpr int ring_slots() const { return has_rope() ? 5 : 6; }
-  // Column groups of Q that the score warpgroup keeps in registers (16 a group); the others stay in shared memory.
-  MLA_HD constexpr int q_register_groups() const { return 6; }
-  MLA_HD constexpr int q_shared_groups() const { return groups() - q_register_groups(); }
+  // Of the 16-column steps of Q the score warpgroup keeps the first in registers (4 each), the column groups of the others in shared memory.
+  MLA_HD constexpr int q_steps() const { return head_dim / 16; }
+  MLA_HD constexpr int q_register_steps() const { return 24; }
+  MLA_HD constexpr int q_first_shared_group() const { return q_register_steps() / 4; }
+  MLA_HD constexpr int q_shared_groups() const { return groups() - q_first_shared_group(); }
 };
 
 // setmaxnreg of each role; together 512 x 128. An output warpgroup holds 128 accumulators: under 160 ptxas gives up (C7507).
-inline constexpr int kScoreRegisters = 160;
+inline constexpr int kScoreRegisters = 152;
 inline constexpr int kOutputRegisters = 160;
-inline constexpr int kLoaderRegisters = 32;
+inline constexpr int kLoaderRegisters = 40;
 static_assert(kScoreRegisters + 2 * kOutputRegisters + kLoaderRegisters == 512);
 
 }  // namespace mla::cuda::sm90

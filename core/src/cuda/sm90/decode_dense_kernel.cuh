@@ -24,6 +24,11 @@
 
 namespace mla::cuda::sm90 {
 
+// Rows of this tile that exist.
+__device__ __forceinline__ int32_t tile_rows(const schedule::Config& config, const Work& work) {
+  return min(work.q_tokens * config.heads_per_kv_head - work.first_row, kTileRows);
+}
+
 using WorkCursor = Cursor<kWorkStages>;
 using PCursor = Cursor<kPStages>;
 
@@ -66,32 +71,36 @@ struct Loader {
   const RoleContext& ctx;
   Cursor<kCfg.ring_slots()> ring;
 
+  __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
+  __device__ __forceinline__ uint32_t slot_barrier() const { return barrier_address<Barrier::kSlotFull>(ctx.barriers, ring.stage()); }
+
   // Claims the next slot: when this returns, it is empty and its barrier expects the bytes.
-  __device__ __forceinline__ void begin_slot() {
+  __device__ __forceinline__ void begin_slot(uint32_t bytes) {
     wait_empty<Barrier::kSlotEmpty>(ctx.barriers, ring);
-    if (ctx.lane == 0) {
-      ptx::mbarrier_arrive_expect_tx(barrier_address<Barrier::kSlotFull>(ctx.barriers, ring.stage()), kCfg.slot_bytes());
-    }
+    if (ctx.lane == 0) ptx::mbarrier_arrive_expect_tx(slot_barrier(), bytes);
     __syncwarp();
   }
 
-  __device__ __forceinline__ void fill(const CUtensorMap* latent, const CUtensorMap* rope, int run, const RunOrigin& at) {
-    load_rows<kCfg>(ctx.shared + smem_plan<kCfg>().slot(ring.stage()), barrier_address<Barrier::kSlotFull>(ctx.barriers, ring.stage()), latent,
-                    rope, run, ctx.lane, at);
+  __device__ __forceinline__ void end_slot() {
     __syncwarp();
     ring.advance();
   }
 
   __device__ __forceinline__ void load_q(const Work& work) {
     const int32_t heads = p.config.heads_per_kv_head;
+    const int32_t rows = tile_rows(p.config, work);
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      const int32_t row = work.first_row + half * layout::kSlotRows + ctx.lane * p.q_run;
-      const int32_t token = row < work.q_tokens * heads ? row / heads : -1;  // -1: outside, reads as zeros
-      const int32_t first_token = p.result.is_ragged ? work.q_begin : 0;
-      begin_slot();
-      fill(&p.q_latent, &p.q_rope, p.q_run,
-           {work.kv_head * heads + row % heads, token < 0 ? -1 : first_token + token, p.result.is_ragged ? 0 : work.request});
+    for (int half = 0; half < q_slots(rows); ++half) {
+      const int32_t first = half * layout::kSlotRows;
+      const int32_t row = first + ctx.lane * p.q_run;  // of this lane's run, in the tile
+      begin_slot(min(rows - first, layout::kSlotRows) * kCfg.groups() * layout::kSwizzleRowBytes);
+      if (row < rows && ctx.lane * p.q_run < layout::kSlotRows) {
+        const int32_t token = (work.first_row + row) / heads, head = (work.first_row + row) % heads;
+        load_query_rows<kCfg>(slot_address(), slot_barrier(), &p.q_latent, &p.q_rope, p.q_run, ctx.lane,
+                              {work.kv_head * heads + head, p.result.is_ragged ? work.q_begin + token : token,
+                               p.result.is_ragged ? 0 : work.request});
+      }
+      end_slot();
     }
   }
 
@@ -102,24 +111,22 @@ struct Loader {
   }
 
   // A window of the table is 32 runs of tokens, one a lane, looked up one window ahead.
-  __device__ __forceinline__ void load_keys(const Work& work) {
+  __device__ __forceinline__ void load_keys(const Work& work, int32_t next_page) {
     const int32_t run = p.kv_run;
-    const int32_t runs_of_slot = layout::kSlotRows / run;
-    int32_t window_token = work.begin_block * kBlockTokens + ctx.lane * run;  // of this lane's run
-    int32_t next_page = page_of(work, window_token);
-    int32_t page = -1;
-    int32_t run_in_window = 32;
-    for (int32_t token = work.begin_block * kBlockTokens; token < work.end_block * kBlockTokens; token += layout::kSlotRows) {
-      if (run_in_window == 32) {
-        run_in_window = 0;
-        page = next_page;
-        window_token += 32 * run;
-        next_page = page_of(work, window_token);
+    int32_t token = work.begin_block * kBlockTokens + ctx.lane * run;  // of this lane's run in the next slot
+    while (token - ctx.lane * run < work.end_block * kBlockTokens) {
+      const int32_t page = next_page;
+      next_page = page_of(work, token + 32 * run);
+#pragma unroll 1
+      for (int32_t first_run = 0; first_run < 32 && token - ctx.lane * run < work.end_block * kBlockTokens;
+           first_run += layout::kSlotRows / run) {
+        const int32_t slot_page = __shfl_sync(kWholeWarp, page, first_run + ctx.lane);
+        begin_slot(kCfg.slot_bytes());
+        load_key_rows<kCfg>(slot_address(), slot_barrier(), &p.kv_latent, &p.kv_rope, run, ctx.lane,
+                            {token % p.page_size, work.kv_head, slot_page});
+        end_slot();
+        token += layout::kSlotRows;
       }
-      const int32_t slot_page = __shfl_sync(kWholeWarp, page, run_in_window + ctx.lane);
-      run_in_window += runs_of_slot;
-      begin_slot();
-      fill(&p.kv_latent, &p.kv_rope, run, {(token + ctx.lane * run) % p.page_size, work.kv_head, slot_page});
     }
   }
 
@@ -128,8 +135,9 @@ struct Loader {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
+      const int32_t first_page = page_of(work, work.begin_block * kBlockTokens + ctx.lane * p.kv_run);  // in flight while Q is issued
       load_q(work);
-      load_keys(work);
+      load_keys(work, first_page);
       __syncwarp();
       if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
     }
@@ -144,42 +152,40 @@ struct Scores {
   const RoleContext& ctx;
   Cursor<kCfg.ring_slots()> ring;
   PCursor p_at;
-  uint32_t r_q[4 * kCfg.q_register_groups()][4];
+  uint32_t r_q[kCfg.q_register_steps()][4];
   SoftmaxState state;
 
   __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
 
-  // s [64 rows, 32 keys] = Q K^T for the ring's next slot: issued, not waited for. Nothing else may be in flight that reads s.
+  // s [64 rows, 32 keys] = Q K^T for the ring's next slot, which is full: issued, not waited for. The warps are held while they issue
+  // all but the last few products, so when this returns the tensor cores are nearly done with it.
   __device__ __forceinline__ void issue_scores(float (&s)[16]) {
-    wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
     constexpr uint64_t kGroupStep = ptx::descriptor_step(layout::kGroupBytes);
     constexpr uint64_t kQGroupStep = ptx::descriptor_step(kTileRows * layout::kSwizzleRowBytes);
     constexpr uint64_t kStep = ptx::descriptor_step(32);  // 16 columns
-    constexpr int kRegisterSteps = 4 * kCfg.q_register_groups();
     const uint64_t k = ptx::k_major_descriptor(slot_address());
     const uint64_t q = ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().q());
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kRegisterSteps; ++step) {
+    for (int step = 0; step < kCfg.q_register_steps(); ++step) {
       ptx::wgmma_m64n32k16_rs<kCfg.dtype>(s, r_q[step], k + step / 4 * kGroupStep + step % 4 * kStep, step > 0);
     }
 #pragma unroll
-    for (int step = kRegisterSteps; step < 4 * kCfg.groups(); ++step) {
-      ptx::wgmma_m64n32k16_ss<kCfg.dtype>(s, q + (step - kRegisterSteps) / 4 * kQGroupStep + step % 4 * kStep,
+    for (int step = kCfg.q_register_steps(); step < kCfg.q_steps(); ++step) {
+      ptx::wgmma_m64n32k16_ss<kCfg.dtype>(s, q + (step / 4 - kCfg.q_first_shared_group()) * kQGroupStep + step % 4 * kStep,
                                           k + step / 4 * kGroupStep + step % 4 * kStep, 1);
     }
     ptx::wgmma_commit_group();
-    ring.advance();
   }
 
-  __device__ __forceinline__ void take_q_slots() {
-    Cursor<kCfg.ring_slots()> mine = ring;
-    if (ctx.warp >= 2) mine.advance();
+  __device__ __forceinline__ void take_q_slots(int32_t rows) {
+    Cursor<kCfg.ring_slots()> mine = ring;  // of a warp without rows: any full slot will do
+    if (ctx.warp >= 2 && q_slots(rows) == 2) mine.advance();
     wait_full<Barrier::kSlotFull>(ctx.barriers, mine);
     ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);  // no warp reads the previous Q any more
-    take_q<kCfg>(ctx.shared + smem_plan<kCfg>().slot(mine.stage()), ctx.shared + smem_plan<kCfg>().q(), ctx.warp, ctx.lane, r_q);
+    take_q<kCfg>(ctx.shared + smem_plan<kCfg>().slot(mine.stage()), ctx.shared + smem_plan<kCfg>().q(), p.q_run, rows, ctx.warp, ctx.lane, r_q);
     ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < q_slots(rows); ++half) {
       if (ctx.lane == 0) {
         arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
         arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
@@ -188,8 +194,16 @@ struct Scores {
     }
   }
 
-  // I2: P and the rescale factors of this block are in shared memory before this arrive.
-  __device__ __forceinline__ void hand_over_p(bool is_rescaled, const float (&rescale)[2]) {
+  // One slot: s holds its scores; visible counts the keys of each row from this slot's first on. Leaves P and the rescale factors in
+  // shared memory; hand_over_p tells.
+  __device__ __forceinline__ void weigh(float (&s)[16], bool is_masked, const int (&visible)[2]) {
+    if (is_masked) mask_scores(s, ctx.lane, visible);
+    float rescale[2];
+    uint32_t packed[8];
+    const bool is_rescaled = move_maximum(s, p.scale_log2e, state, rescale);
+    exponentials<kCfg.dtype>(s, p.scale_log2e, state, packed);
+    wait_empty<Barrier::kPEmpty>(ctx.barriers, p_at);
+    store_p(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2), p_at.stage() % 2, ctx.warp, ctx.lane, packed);
     if (is_rescaled && ctx.lane % 4 == 0) {
       ctx.control->rescale[p_at.stage()][layout::fragment_row(ctx.thread, 0)] = rescale[0];
       ctx.control->rescale[p_at.stage()][layout::fragment_row(ctx.thread, 1)] = rescale[1];
@@ -197,37 +211,12 @@ struct Scores {
     if (ctx.lane == 0) ctx.control->is_rescaled[p_at.stage()][ctx.warp] = is_rescaled;
     ptx::fence_proxy_async();
     __syncwarp();
+  }
+
+  // I2: P and the rescale factors of the slot are in shared memory before this arrive.
+  __device__ __forceinline__ void hand_over_p() {
     if (ctx.lane == 0) arrive<Barrier::kPFull>(ctx.barriers, p_at.stage());
     p_at.advance();
-  }
-
-  // One block: its scores are in a and b. With kHasNext the next block's products run under this block's exponentials.
-  template <bool kHasNext>
-  __device__ __forceinline__ void step(float (&a)[16], float (&b)[16]) {
-    float rescale[2];
-    uint32_t packed[8];
-    const bool is_rescaled = move_maximum(a, b, p.scale_log2e, state, rescale);
-    const uint32_t s_p = ctx.shared + smem_plan<kCfg>().p(p_at.stage());
-    exponentials<kCfg.dtype>(a, p.scale_log2e, state, packed);
-    if constexpr (kHasNext) issue_scores(a);
-    wait_empty<Barrier::kPEmpty>(ctx.barriers, p_at);
-    store_p(s_p, 0, ctx.warp, ctx.lane, packed);
-    exponentials<kCfg.dtype>(b, p.scale_log2e, state, packed);
-    if constexpr (kHasNext) issue_scores(b);
-    store_p(s_p, 1, ctx.warp, ctx.lane, packed);
-    hand_over_p(is_rescaled, rescale);
-    if constexpr (kHasNext) {
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_pin(a);
-      ptx::wgmma_pin(b);
-    }
-  }
-
-  __device__ __forceinline__ void mask(float (&a)[16], float (&b)[16], const int (&visible)[2], int32_t block) {
-    const int low[2] = {visible[0] - block * kBlockTokens, visible[1] - block * kBlockTokens};
-    const int high[2] = {low[0] - layout::kSlotRows, low[1] - layout::kSlotRows};
-    mask_scores(a, ctx.lane, low);
-    mask_scores(b, ctx.lane, high);
   }
 
   // Keys that row `row` of the tile sees, at most len.
@@ -237,27 +226,38 @@ struct Scores {
     return min(work.len_tokens, work.len_tokens - work.q_tokens + 1 + token);
   }
 
-  __device__ __forceinline__ void run_blocks(const Work& work) {
-    const int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)), visible_keys(work, layout::fragment_row(ctx.thread, 1))};
-    const int32_t first_masked = max(visible_keys(work, 0), 0) / kBlockTokens;  // row 0 sees least
-    const int32_t last = work.end_block - 1;
-    float a[16], b[16];
-    issue_scores(a);
-    issue_scores(b);
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_pin(a);
-    ptx::wgmma_pin(b);
-    for (int32_t block = work.begin_block; block < last; ++block) {
-      if (block >= first_masked) mask(a, b, visible, block);
-      step<true>(a, b);
+  // P is handed over only when the next slot's products are issued, so that P V runs under the next exponentials and not beside the next
+  // Q K^T; where the next slot is not there yet, at once.
+  __device__ __forceinline__ void run_slots(const Work& work) {
+    const int32_t begin = work.begin_block * kBlockTokens;
+    const int32_t slots = (work.end_block - work.begin_block) * 2;
+    int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)) - begin, visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
+    const int32_t first_masked = (max(visible_keys(work, 0), 0) - begin) / layout::kSlotRows;  // row 0 sees least
+    bool has_p = false;  // a P that was not handed over
+#pragma unroll 1
+    for (int32_t slot = 0; slot < slots; ++slot) {
+      if (has_p && !is_full<Barrier::kSlotFull>(ctx.barriers, ring)) {
+        hand_over_p();
+        has_p = false;
+      }
+      wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
+      float s[16];
+      issue_scores(s);
+      if (has_p) hand_over_p();
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_pin(s);
+      weigh(s, slot >= first_masked, visible);
+        ring.advance();
+      has_p = true;
+      visible[0] -= layout::kSlotRows;
+      visible[1] -= layout::kSlotRows;
     }
-    if (last >= first_masked) mask(a, b, visible, last);
-    step<false>(a, b);
+    hand_over_p();
   }
 
   __device__ __forceinline__ void finish(const Work& work, WorkCursor at, int tile) {
     wait_empty<Barrier::kScaleEmpty>(ctx.barriers, scale_at(at));
-    const int32_t rows = work.q_tokens * p.config.heads_per_kv_head - work.first_row;
+    const int32_t rows = tile_rows(p.config, work);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = sum_of_quad(state.sum[r]);
@@ -276,9 +276,9 @@ struct Scores {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
-      take_q_slots();
+      take_q_slots(tile_rows(p.config, work));
       state = {};
-      if (work.begin_block < work.end_block) run_blocks(work);
+      if (work.begin_block < work.end_block) run_slots(work);
       finish(work, at, tile);
       if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
     }
@@ -324,42 +324,32 @@ struct Outputs {
     ptx::wgmma_m64n128k16_ss_t<kCfg.dtype>(o[1], s_p, v + kQuarterStep, accumulate);
   }
 
-  // valid_keys: of the block; under 64 only in the last block of a request.
-  __device__ __forceinline__ void add_block(OutputFragment& o, bool is_first, int32_t valid_keys) {
-    const uint32_t low = ring.stage();
+  // valid_keys: of the slot on; under 32 only at the end of a request.
+  __device__ __forceinline__ void add_slot(OutputFragment& o, bool is_first, int32_t valid_keys) {
     wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
-    ring.advance();
-    const uint32_t high = ring.stage();
-    wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
-    ring.advance();
     wait_full<Barrier::kPFull>(ctx.barriers, p_at);
     if (!is_first && ctx.control->is_rescaled[p_at.stage()][ctx.warp]) rescale(o);
-    if (valid_keys < kBlockTokens) {
-      zero_tail(values(low), valid_keys, ctx.thread);
-      zero_tail(values(high), valid_keys - layout::kSlotRows, ctx.thread);
+    if (valid_keys < layout::kSlotRows) {
+      zero_tail(values(ring.stage()), valid_keys, ctx.thread);
       sync_warpgroup();
     }
-    constexpr uint64_t kPStep = ptx::descriptor_step(32);                               // 16 keys
-    constexpr uint64_t kVStep = ptx::descriptor_step(16 * layout::kSwizzleRowBytes);    // 16 keys
-    const uint64_t s_p = ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().p(p_at.stage()));
-    const uint64_t v_low = ptx::n_major_descriptor(values(low), layout::kGroupBytes);
-    const uint64_t v_high = ptx::n_major_descriptor(values(high), layout::kGroupBytes);
+    constexpr uint64_t kHalfStep = ptx::descriptor_step(64);                          // 32 keys of P
+    constexpr uint64_t kPStep = ptx::descriptor_step(32);                             // 16 keys of P
+    constexpr uint64_t kVStep = ptx::descriptor_step(16 * layout::kSwizzleRowBytes);  // 16 keys of V
+    const uint64_t s_p = ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2)) + p_at.stage() % 2 * kHalfStep;
+    const uint64_t v = ptx::n_major_descriptor(values(ring.stage()), layout::kGroupBytes);
     ptx::wgmma_fence();
-    add_keys(o, s_p, v_low, !is_first);
-    add_keys(o, s_p + kPStep, v_low + kVStep, true);
+    add_keys(o, s_p, v, !is_first);
+    add_keys(o, s_p + kPStep, v + kVStep, true);
     ptx::wgmma_commit_group();
-    add_keys(o, s_p + 2 * kPStep, v_high, true);
-    add_keys(o, s_p + 3 * kPStep, v_high + kVStep, true);
-    ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<1>();
-    if (ctx.lane == 0) arrive<Barrier::kSlotEmpty>(ctx.barriers, low);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(o[0]);
     ptx::wgmma_pin(o[1]);
     if (ctx.lane == 0) {
-      arrive<Barrier::kSlotEmpty>(ctx.barriers, high);
+      arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
       arrive<Barrier::kPEmpty>(ctx.barriers, p_at.stage());
     }
+    ring.advance();
     p_at.advance();
   }
 
@@ -370,10 +360,9 @@ struct Outputs {
       if (work.request < 0) return;
       OutputFragment o;
       ring.advance();  // over the slots of Q
-      ring.advance();
-      for (int32_t block = work.begin_block; block < work.end_block; ++block) {
-        add_block(o, block == work.begin_block, work.len_tokens - block * kBlockTokens);
-      }
+      if (q_slots(tile_rows(p.config, work)) == 2) ring.advance();
+      const int32_t begin = work.begin_block * kBlockTokens, end = work.end_block * kBlockTokens;
+      for (int32_t token = begin; token < end; token += layout::kSlotRows) add_slot(o, token == begin, work.len_tokens - token);
       wait_full<Barrier::kScaleFull>(ctx.barriers, scale_at(at));
       if (work.slot != kDropped) store_output<kCfg.dtype>(o, p.result, p.config, work, ctx.control->scale, tile, half, ctx.thread);
       __syncwarp();
@@ -399,6 +388,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
   const RoleContext ctx{ptx::shared_address(shared), ptx::shared_address(control->barriers), control, thread / 32, thread % 32, thread};
   const int tile = blockIdx.x;
   if (threadIdx.x == 0) init_barriers(ctx.barriers);
+  if (threadIdx.x == kThreads - 1) {
+    ptx::prefetch_tensor_map(&p.q_latent);
+    ptx::prefetch_tensor_map(&p.kv_latent);
+    if constexpr (kCfg.has_rope()) {
+      ptx::prefetch_tensor_map(&p.q_rope);
+      ptx::prefetch_tensor_map(&p.kv_rope);
+    }
+  }
   __syncthreads();
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();

@@ -17,7 +17,7 @@ namespace mla::cuda::sm90 {
 #undef MLA_VARIANT
 
 const void* schedule_kernel_handle();
-const void* combine_kernel_handle(DType dtype);
+const void* combine_kernel_handle(DType dtype, bool shares_tiles);
 const void* merge_kernel_handle();
 
 }  // namespace mla::cuda::sm90

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "layout/partial.h"
 #include "schedule/view.h"
 #include "tensors.h"
 
@@ -18,9 +19,9 @@ struct ResultParams {
   float lse_unit;      // what an lse in base 2 is multiplied with: 1, or ln 2
   bool is_ragged;
   bool is_out_fp32;
-  float* partial_out;  // [slots, slot_rows, 512], normalised
-  float* partial_lse;  // [slots, slot_rows], base 2
-  int32_t slot_rows;
+  float* partial_out;  // PartialLayout, normalised
+  float* partial_lse;  // base 2
+  layout::PartialLayout partial;
 };
 
 struct DecodeParams {
@@ -44,6 +45,8 @@ struct CombineParams {
   const std::byte* schedule;
   ResultParams result;
   int32_t batch;
+  int32_t q_len;              // of every request, unless q is ragged
+  int32_t warps_of_tile;      // > 1: that many warps share the pieces of one tile; 1: a warp takes kCombineTiles tiles
   int32_t items_per_request;  // the most; > 0: blockIdx.x counts items. 0: it counts parts, each standing for the item cut at its begin.
 };
 

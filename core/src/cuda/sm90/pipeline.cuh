@@ -63,6 +63,12 @@ __device__ __forceinline__ void wait_empty(uint32_t barriers, const Cursor<kStag
   wait<kId>(barriers, at.stage(), at.phase() ^ 1);
 }
 
+// Whether wait_full would pass at once.
+template <Barrier kId, uint32_t kStages>
+__device__ __forceinline__ bool is_full(uint32_t barriers, const Cursor<kStages>& at) {
+  return ptx::mbarrier_test_wait_parity(barrier_address<kId>(barriers, at.stage()), at.phase());
+}
+
 template <Barrier kId>
 __device__ __forceinline__ void arrive(uint32_t barriers, uint32_t stage) {
   ptx::mbarrier_arrive(barrier_address<kId>(barriers, stage));

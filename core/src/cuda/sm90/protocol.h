@@ -8,7 +8,7 @@ namespace mla::cuda::sm90 {
 inline constexpr int kOutputWarps = 8;  // of both output warpgroups
 inline constexpr int kScoreWarps = 4;
 inline constexpr int kWorkStages = 4;
-inline constexpr int kPStages = 2;
+inline constexpr int kPStages = 4;
 inline constexpr int kMaxRingSlots = 6;
 
 enum class Barrier : uint32_t { kSlotFull, kSlotEmpty, kPFull, kPEmpty, kScaleFull, kScaleEmpty, kWorkFull, kWorkEmpty, kCount };
@@ -23,7 +23,7 @@ struct BarrierSpec {
   const char* waits;
 };
 
-// Slot: 32 keys, or 32 rows of Q. P: scores of one 64-key block. Scale: what each row of the result is multiplied with. Work: one piece.
+// Slot: 32 keys, or 32 rows of Q. P: weights of one 32-key slot. Scale: what each row of the result is multiplied with. Work: one piece.
 inline constexpr BarrierSpec kBarriers[] = {
     {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the slot's bytes)", "scores, outputs"},
     {Barrier::kSlotEmpty, "slot_empty", kMaxRingSlots, kOutputWarps, true, "a key slot: each output warp; a Q slot: each score warp twice",

@@ -17,13 +17,17 @@ struct Work {
   int32_t kv_head;
   int32_t slot;  // of the partial result; or one of:
 };
+
+// Slots of the ring that Q takes: the second holds rows 32 to 63.
+MLA_HD constexpr int q_slots(int32_t rows_of_tile) { return rows_of_tile > layout::kSlotRows ? 2 : 1; }
+
 inline constexpr int32_t kWholeItem = -1;  // the result is final
 inline constexpr int32_t kDropped = -2;    // no room in scratch (more tokens than the plan's maximum): combine writes NaN
 
 struct Control {
   uint64_t barriers[kBarrierCount];
   Work work[kWorkStages];
-  float rescale[kPStages][kTileRows];         // what O is multiplied with before this block's P V
+  float rescale[kPStages][kTileRows];         // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
   float scale[kTileRows];                     // what O is multiplied with at the end
 };
@@ -33,7 +37,7 @@ MLA_HD constexpr layout::SmemPlan smem_plan() {
   constexpr layout::SmemPlan kPlan{static_cast<uint32_t>(kCfg.ring_slots()),
                                    static_cast<uint32_t>(kCfg.slot_bytes()),
                                    static_cast<uint32_t>(kCfg.q_shared_groups() * kTileRows) * layout::kSwizzleRowBytes,
-                                   kPStages,
+                                   kPStages / 2,  // two stages, of 32 keys each, share rows of 128 bytes
                                    kTileRows * layout::kSwizzleRowBytes,
                                    sizeof(Control)};
   static_assert(kPlan.is_valid());

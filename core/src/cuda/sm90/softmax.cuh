@@ -1,4 +1,4 @@
-// One block's step of the online softmax on score fragments.
+// One slot's step of the online softmax on score fragments: 64 rows, 32 keys.
 //
 // The reference maximum of a row moves only when a score passes it by 2^8 (scores are in base 2): in the common case there is no
 // shuffle and nothing to rescale. P is then at most 2^8, and the sum and O carry the same factor, so it cancels. NaN scores never move
@@ -21,11 +21,11 @@ struct SoftmaxState {
   float sum[2] = {0.0f, 0.0f};                // of this lane's columns
 };
 
-__device__ __forceinline__ float maximum_of_row(const float (&a)[16], const float (&b)[16], int row) {
-  float maximum = fmaxf(a[2 * row], b[2 * row]);
+__device__ __forceinline__ float maximum_of_row(const float (&s)[16], int row) {
+  float maximum = s[2 * row];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (layout::which_row(i) == row) maximum = fmaxf(maximum, fmaxf(a[i], b[i]));
+  for (int i = 1; i < 16; ++i) {
+    if (layout::which_row(i) == row) maximum = fmaxf(maximum, s[i]);
   }
   return maximum;
 }
@@ -40,15 +40,14 @@ __device__ __forceinline__ float sum_of_quad(float x) {
   return x + __shfl_xor_sync(kWholeWarp, x, 2);
 }
 
-// a, b: unscaled scores of 32 keys each. True if a reference moved in this warp; rescale then holds the factors of sum (applied here) and O.
-__device__ __forceinline__ bool move_maximum(const float (&a)[16], const float (&b)[16], float scale_log2e, SoftmaxState& state,
-                                             float (&rescale)[2]) {
-  const float block[2] = {maximum_of_row(a, b, 0) * scale_log2e, maximum_of_row(a, b, 1) * scale_log2e};
-  const bool is_moved = __any_sync(kWholeWarp, block[0] > state.maximum[0] + kMaximumSlack || block[1] > state.maximum[1] + kMaximumSlack);
+// s: unscaled scores. True if a reference moved in this warp; rescale then holds the factors of sum (applied here) and O.
+__device__ __forceinline__ bool move_maximum(const float (&s)[16], float scale_log2e, SoftmaxState& state, float (&rescale)[2]) {
+  const float slot[2] = {maximum_of_row(s, 0) * scale_log2e, maximum_of_row(s, 1) * scale_log2e};
+  const bool is_moved = __any_sync(kWholeWarp, slot[0] > state.maximum[0] + kMaximumSlack || slot[1] > state.maximum[1] + kMaximumSlack);
   if (is_moved) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float moved = fmaxf(maximum_of_quad(block[r]), state.maximum[r]);
+      const float moved = fmaxf(maximum_of_quad(slot[r]), state.maximum[r]);
       const bool is_empty = moved == -INFINITY;  // nothing visible so far: -inf - -inf would be NaN
       rescale[r] = is_empty ? 1.0f : ptx::ex2_approx(state.maximum[r] - moved);
       state.maximum[r] = moved;

@@ -1,4 +1,4 @@
-// Fills one slot of the ring with 32 rows of all column groups, by one warp.
+// Fills one slot of the ring with up to 32 rows of all column groups, by one warp: lane i loads the run of rows [i * run, (i + 1) * run).
 #pragma once
 
 #include "cuda/sm90/config.h"
@@ -6,34 +6,44 @@
 
 namespace mla::cuda::sm90 {
 
-// Where the run of rows that this lane loads begins.
+// Where the run of rows that this lane loads begins. A run outside the tensor becomes zeros.
 struct RunOrigin {
   int32_t row;        // token of the page, or head
   int32_t outer;      // kv head, or query token
   int32_t outermost;  // page, or request
 };
 
-// Lane i < 32 / run loads rows [i * run, (i + 1) * run) of the slot. Rows outside the tensor become zeros.
+inline constexpr uint32_t kRopeOffset = kLatentGroups * layout::kGroupBytes;  // of the rope group in a slot
+
+// Keys lie as wgmma wants them: [group, 32 rows, 128 bytes]. A run of a whole slot is one box; of shorter ones each group is a box.
 template <DecodeConfig kCfg>
-__device__ __forceinline__ void load_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent, const CUtensorMap* rope, int run,
-                                          int lane, const RunOrigin& at) {
-  if (run == layout::kSlotRows) {
-    if (lane == 0) {
-      ptx::tma_load_5d(slot, latent, barrier, {{0, at.row, 0, at.outer, at.outermost}});
-      if constexpr (kCfg.has_rope()) {
-        ptx::tma_load_5d(slot + kLatentGroups * layout::kGroupBytes, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
-      }
-    }
-  } else if (lane * run < layout::kSlotRows) {
-    const uint32_t rows = slot + lane * run * layout::kSwizzleRowBytes;
+__device__ __forceinline__ void load_key_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent, const CUtensorMap* rope, int run,
+                                              int lane, const RunOrigin& at) {
+  if (lane * run >= layout::kSlotRows) return;
+  const uint32_t rows = slot + lane * run * layout::kSwizzleRowBytes;
+  const int boxes = run == layout::kSlotRows ? 1 : kLatentGroups;
 #pragma unroll 1
-    for (int group = 0; group < kLatentGroups; ++group) {
-      ptx::tma_load_5d(rows + group * layout::kGroupBytes, latent, barrier, {{0, at.row, group, at.outer, at.outermost}});
-    }
-    if constexpr (kCfg.has_rope()) {
-      ptx::tma_load_5d(rows + kLatentGroups * layout::kGroupBytes, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
-    }
+  for (int group = 0; group < boxes; ++group) {
+    ptx::tma_load_5d(rows + group * layout::kGroupBytes, latent, barrier, {{0, at.row, group, at.outer, at.outermost}});
   }
+  if constexpr (kCfg.has_rope()) ptx::tma_load_5d(rows + kRopeOffset, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
+}
+
+// Rows of Q are read by ldmatrix, which takes any place: the latent groups of a run lie together, [run, group, rows of the run, 128 bytes].
+template <DecodeConfig kCfg>
+__device__ __forceinline__ void load_query_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent, const CUtensorMap* rope, int run,
+                                                int lane, const RunOrigin& at) {
+  const uint32_t run_bytes = run * layout::kSwizzleRowBytes;
+  ptx::tma_load_5d(slot + lane * run_bytes * kLatentGroups, latent, barrier, {{0, at.row, 0, at.outer, at.outermost}});
+  if constexpr (kCfg.has_rope()) {
+    ptx::tma_load_5d(slot + kRopeOffset + lane * run_bytes, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
+  }
+}
+
+// The 128-byte line of a slot that holds a column group of a row of Q.
+MLA_HD constexpr uint32_t query_line(int run, uint32_t row, uint32_t group) {
+  const uint32_t r = static_cast<uint32_t>(run);
+  return group < kLatentGroups ? row / r * r * kLatentGroups + group * r + row % r : kRopeOffset / layout::kSwizzleRowBytes + row;
 }
 
 }  // namespace mla::cuda::sm90
