@@ -25,6 +25,9 @@ class Framework(Protocol):
     def finish(self, array: Any) -> Any:
         """What the caller gets for an array made by empty, once it is written."""
 
+    def refuse_gradients(self, *inputs: Any) -> None:
+        """Raises RuntimeError if the caller expects a gradient by one of the inputs (or None): there is no backward pass."""
+
 
 class _Numpy:
     """numpy, and ml_dtypes for the types that numpy lacks."""
@@ -50,6 +53,9 @@ class _Numpy:
 
     def finish(self, array: Any) -> Any:
         return array
+
+    def refuse_gradients(self, *inputs: Any) -> None:
+        return None
 
 
 class _Cupy(_Numpy):
@@ -85,6 +91,9 @@ class _Plain:
 
     def finish(self, array: Any) -> Any:
         return array
+
+    def refuse_gradients(self, *inputs: Any) -> None:
+        return None
 
 
 class _Jax(_Plain):

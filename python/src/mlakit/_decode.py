@@ -78,7 +78,7 @@ def mla_decode(
         ValueError: a shape, type, stride, device or value that does not fit; the message names the tensor; nothing is written.
         TypeError: an argument that is no tensor.
         NotImplementedError: no backend takes the problem; the message lists each backend's reason.
-        RuntimeError: no usable CUDA driver, or a CUDA call failed.
+        RuntimeError: no usable CUDA driver, a CUDA call failed, or an input requires grad: there is no backward pass.
 
     Plans are cached by shape, with sizes rounded up, so that decoding step by step does not make new ones; engines that want no
     such search make a `Plan` themselves. `clear_plan_cache()` gives the memory back.
@@ -240,11 +240,12 @@ def merge_states(
         (out, lse).
 
     Raises:
-        ValueError: shapes, types or devices that do not fit.
+        ValueError: shapes, types or devices that do not fit. RuntimeError: as in mla_decode.
     """
     if lse_base not in ("e", "2"):
         raise ValueError(f"lse_base: expected one of 'e', '2', got {lse_base!r}")
     framework = framework_of(type(out_parts))
+    framework.refuse_gradients(out_parts, lse_parts)
     _, _, dtype, shape = _ext.describe(out_parts, "out_parts")
     if len(shape) != 4:
         raise ValueError(f"out_parts: expected [parts, tokens, heads, dim], got shape {list(shape)}: reshape it")

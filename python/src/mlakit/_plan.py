@@ -190,6 +190,7 @@ class Plan:
         is refused by the calls.
         """
         framework = framework_of(type(q))
+        framework.refuse_gradients(q, q_rope, kv_cache)
         if scratch is None and self._is_cpu:
             scratch = _ext.Buffer(self.info.scratch_bytes, self.info.scratch_alignment)
         elif scratch is None and self.info.scratch_bytes:
@@ -216,6 +217,7 @@ class Plan:
         scratch: Any,
         stream: int | None,
     ) -> None:
+        framework.refuse_gradients(q, q_rope, kv_cache)
         borrowed = None
         if self._is_cpu:
             if scratch is None:

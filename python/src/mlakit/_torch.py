@@ -27,3 +27,10 @@ class Torch:
 
     def finish(self, array: Any) -> Any:
         return array
+
+    def refuse_gradients(self, *inputs: Any) -> None:
+        for tensor in inputs:
+            if getattr(tensor, "requires_grad", False) and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "mlakit has no backward pass, and an input requires grad: call it under torch.no_grad() or detach the input"
+                )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import _decode
-from ._torch import DTYPES
+from ._torch import DTYPES, Torch
 
 _torch_library: Any = torch.library  # has no types
 _LIBRARY = _torch_library.Library("mlakit", "DEF")
@@ -127,13 +127,7 @@ def _refuse_autograd(name: str) -> Any:
     operator = getattr(torch.ops.mlakit, name).default
 
     def kernel(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        if torch.is_grad_enabled():
-            for value in inputs:
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"mlakit::{name}: has no backward pass, and an input requires grad: call it under torch.no_grad() or "
-                        "detach the input"
-                    )
+        Torch().refuse_gradients(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 

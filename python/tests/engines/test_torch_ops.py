@@ -21,6 +21,7 @@ gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(bool(cases.no_gpu()), reason=cases.no_gpu() or "a GPU is there")
 DEVICES = ["cpu", pytest.param("cuda", marks=(gpu, needs_gpu))]
 CASE = cases.dense_case([130, 0, 65], q_len=2)
+NO_BACKWARD = r"^mlakit has no backward pass, and an input requires grad: call it under torch.no_grad\(\) or detach the input$"
 OPTIONS: dict[str, Any] = {"causal": True, "softmax_scale": cases.SCALE}
 
 
@@ -122,16 +123,33 @@ def test_torchs_own_checks_of_the_operators() -> None:
 
 
 @pytest.mark.parametrize("name", ["q", "kv_cache"])
-def test_autograd_is_refused_at_the_call(name: str) -> None:
+@pytest.mark.parametrize("function", [torch_ops.mla_decode, mlakit.mla_decode], ids=["operator", "plain"])
+def test_autograd_is_refused_at_the_call(function: Any, name: str) -> None:
+    """Rather than a result without a gradient."""
     inputs = cases.inputs_of(CASE)
     call = {"q": inputs.q, "kv_cache": inputs.kv_cache, "block_table": inputs.block_table, "cache_seqlens": inputs.cache_seqlens}
     call[name] = call[name].clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"mlakit::decode: has no backward pass, and an input requires grad: .*no_grad"):
-        torch_ops.mla_decode(**call, **OPTIONS)
+    with pytest.raises(RuntimeError, match=NO_BACKWARD):
+        function(**call, **OPTIONS)
     with torch.no_grad():
-        out, lse = torch_ops.mla_decode(**call, **OPTIONS)
+        out, lse = function(**call, **OPTIONS)
     cases.check(CASE, inputs, out, lse)
     assert not out.requires_grad
+
+
+def test_autograd_is_refused_by_plans_and_merges() -> None:
+    inputs = cases.inputs_of(CASE)
+    plan = mlakit.Plan(CASE.problem)
+    call = (inputs.q.requires_grad_(), inputs.kv_cache, inputs.block_table, plan.schedule(inputs.cache_seqlens))
+    parts = torch.zeros(2, 1, 1, 8, requires_grad=True)
+    for refused in (
+        lambda: plan.decode(*call),
+        lambda: plan.bind(*call, out=inputs.out),
+        lambda: mlakit.merge_states(parts, torch.zeros(2, 1, 1)),
+        lambda: torch_ops.merge_states(parts, torch.zeros(2, 1, 1)),
+    ):
+        with pytest.raises(RuntimeError, match=NO_BACKWARD):
+            refused()
 
 
 def test_the_operator_and_the_plain_call_give_the_same_bits() -> None:

@@ -258,6 +258,9 @@ nb::ndarray<nb::array_api> array(nb::handle self, const std::vector<size_t>& sha
 }  // namespace
 
 NB_MODULE(_ext, m) {
+  // Objects can outlive the interpreter by other people's references (torch keeps the traceback of an operator that refused), and
+  // mlakit does not print.
+  nb::set_leak_warnings(false);
   m.doc() = "mlakit's C API for the package's own use; import mlakit instead.";
   // An argument that may be None: the library says what must be given.
   const auto maybe = [](const char* name) { return nb::arg(name).none(); };
