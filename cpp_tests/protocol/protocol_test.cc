@@ -1,0 +1,214 @@
+// Plays the roles of the dense decode kernel against its barrier table, in random and in adversarial orders: nobody waits for ever, no
+// phase is counted twice, and no buffer is written before its readers have let go of it.
+#include "cuda/sm90/protocol.h"
+
+#include <doctest/doctest.h>
+
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace sm90 = mla::cuda::sm90;
+using sm90::Barrier;
+
+namespace {
+
+// What an mbarrier does: counts arrivals; a wait for a parity passes once the phase of that parity is over.
+struct PlayedBarrier {
+  int arrivals_of_phase = 0;
+  int pending = 0;
+  int phase = 0;
+
+  void arrive() {
+    REQUIRE(pending > 0);
+    if (--pending == 0) {
+      pending = arrivals_of_phase;
+      ++phase;
+    }
+  }
+  bool is_over(int parity) const { return (phase & 1) != parity; }
+};
+
+struct Barriers {
+  std::vector<std::vector<PlayedBarrier>> all;
+
+  explicit Barriers(int ring_slots) {
+    for (const sm90::BarrierSpec& spec : sm90::kBarriers) {
+      const int stages = spec.id == Barrier::kSlotFull || spec.id == Barrier::kSlotEmpty ? ring_slots : spec.stages;
+      all.emplace_back(static_cast<size_t>(stages), PlayedBarrier{spec.arrivals, spec.arrivals, 0});
+    }
+  }
+  int stages(Barrier id) const { return static_cast<int>(all[static_cast<size_t>(id)].size()); }
+  // The n-th use of a ring of buffers.
+  PlayedBarrier& of_use(Barrier id, int n) { return all[static_cast<size_t>(id)][static_cast<size_t>(n % stages(id))]; }
+  bool is_full(Barrier id, int n) { return of_use(id, n).is_over(n / stages(id) % 2); }
+  bool is_empty(Barrier id, int n) { return of_use(id, n).is_over((n / stages(id) + 1) % 2); }
+};
+
+struct Piece {
+  int q_slots, key_slots;
+};
+
+// A role is a list of steps; a step that cannot be taken yet returns false and is tried again.
+struct Role {
+  std::string name;
+  std::vector<std::function<bool()>> steps;
+  size_t next = 0;
+
+  void wait(std::function<bool()> condition) { steps.push_back(std::move(condition)); }
+  void act(std::function<void()> action) {
+    steps.push_back([action = std::move(action)] {
+      action();
+      return true;
+    });
+  }
+  bool is_done() const { return next == steps.size(); }
+};
+
+// One CTA. The kernel's program, as seen by the barriers; buffer contents are the number of the use that wrote them.
+class Cta {
+ public:
+  Cta(const std::vector<Piece>& pieces, int ring_slots) : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1) {
+    add_planner(static_cast<int>(pieces.size()));
+    add_loader(pieces);
+    for (int warp = 0; warp < sm90::kScoreWarps; ++warp) add_score_warp(pieces);
+    for (int warp = 0; warp < sm90::kOutputWarps; ++warp) add_output_warp(pieces);
+  }
+
+  std::vector<Role>& roles() { return roles_; }
+
+ private:
+  void wait_full(Role& r, Barrier id, int n) {
+    r.wait([this, id, n] { return barriers_.is_full(id, n); });
+  }
+  void wait_empty(Role& r, Barrier id, int n) {
+    r.wait([this, id, n] { return barriers_.is_empty(id, n); });
+  }
+  void arrive(Role& r, Barrier id, int n) {
+    r.act([this, id, n] { barriers_.of_use(id, n).arrive(); });
+  }
+  void read_slot(Role& r, int n) {
+    r.act([this, n] { CHECK(slot_content_[static_cast<size_t>(n) % slot_content_.size()] == n); });
+  }
+
+  void add_planner(int pieces) {
+    Role r{"planner", {}};
+    for (int i = 0; i <= pieces; ++i) {  // the last one says that there are no more
+      wait_empty(r, Barrier::kWorkEmpty, i);
+      arrive(r, Barrier::kWorkFull, i);
+    }
+    roles_.push_back(std::move(r));
+  }
+
+  void add_loader(const std::vector<Piece>& pieces) {
+    Role r{"loader", {}};
+    int slot = 0;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
+      for (int k = 0; k < pieces[i].q_slots + pieces[i].key_slots; ++k, ++slot) {
+        wait_empty(r, Barrier::kSlotEmpty, slot);
+        const int n = slot;
+        r.act([this, n] { slot_content_[static_cast<size_t>(n) % slot_content_.size()] = n; });
+        arrive(r, Barrier::kSlotFull, slot);
+      }
+      arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
+    }
+    roles_.push_back(std::move(r));
+  }
+
+  void add_score_warp(const std::vector<Piece>& pieces) {
+    Role r{"scores", {}};
+    int slot = 0, p = 0;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
+      for (int k = 0; k < pieces[i].q_slots; ++k) wait_full(r, Barrier::kSlotFull, slot + k);
+      for (int k = 0; k < pieces[i].q_slots; ++k, ++slot) {
+        read_slot(r, slot);
+        arrive(r, Barrier::kSlotEmpty, slot);
+        arrive(r, Barrier::kSlotEmpty, slot);
+      }
+      for (int k = 0; k < pieces[i].key_slots; ++k, ++slot) {
+        // The kernel may hand the last P over before or after this wait; after is the harder case.
+        wait_full(r, Barrier::kSlotFull, slot);
+        read_slot(r, slot);
+        if (k > 0) arrive(r, Barrier::kPFull, p++);
+        wait_empty(r, Barrier::kPEmpty, p);
+      }
+      if (pieces[i].key_slots > 0) arrive(r, Barrier::kPFull, p++);
+      wait_empty(r, Barrier::kScaleEmpty, static_cast<int>(i));
+      arrive(r, Barrier::kScaleFull, static_cast<int>(i));
+      arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
+    }
+    roles_.push_back(std::move(r));
+  }
+
+  void add_output_warp(const std::vector<Piece>& pieces) {
+    Role r{"outputs", {}};
+    int slot = 0, p = 0;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
+      slot += pieces[i].q_slots;
+      for (int k = 0; k < pieces[i].key_slots; ++k, ++slot, ++p) {
+        wait_full(r, Barrier::kSlotFull, slot);
+        wait_full(r, Barrier::kPFull, p);
+        read_slot(r, slot);
+        arrive(r, Barrier::kSlotEmpty, slot);
+        arrive(r, Barrier::kPEmpty, p);
+      }
+      wait_full(r, Barrier::kScaleFull, static_cast<int>(i));
+      arrive(r, Barrier::kScaleEmpty, static_cast<int>(i));
+      arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
+    }
+    roles_.push_back(std::move(r));
+  }
+
+  Barriers barriers_;
+  std::vector<int> slot_content_;
+  std::vector<Role> roles_;
+};
+
+// choose picks among the roles that are not done; a role then goes on until it has to wait. Fails if all wait.
+void play(Cta& cta, const std::function<size_t(size_t)>& choose) {
+  std::vector<Role*> open;
+  for (Role& r : cta.roles()) open.push_back(&r);
+  size_t tries_without_progress = 0;
+  while (!open.empty()) {
+    const size_t at = choose(open.size());
+    Role& r = *open[at];
+    const size_t before = r.next;
+    while (!r.is_done() && r.steps[r.next]()) ++r.next;
+    tries_without_progress = r.next == before ? tries_without_progress + 1 : 0;
+    REQUIRE_MESSAGE(tries_without_progress < 2000, "every role waits; the first is " << open[0]->name);
+    if (r.is_done()) open.erase(open.begin() + static_cast<std::ptrdiff_t>(at));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("every order of the roles comes to an end") {
+  std::mt19937 random(1);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<Piece> pieces(random() % 7);
+    for (Piece& piece : pieces) piece = {1 + static_cast<int>(random() % 2), 2 * static_cast<int>(random() % 9)};
+    for (const int ring_slots : {5, 6}) {
+      Cta shuffled(pieces, ring_slots);
+      play(shuffled, [&](size_t n) { return random() % n; });
+      // The first role as far as it gets, then the next: the loader far ahead; and the other way round: everyone waiting for it.
+      size_t turn = 0;
+      Cta forward(pieces, ring_slots);
+      play(forward, [&](size_t n) { return turn++ % n; });
+      Cta backward(pieces, ring_slots);
+      play(backward, [&](size_t n) { return n - 1 - turn++ % n; });
+    }
+  }
+}
+
+TEST_CASE("the barrier table is complete") {
+  for (const sm90::BarrierSpec& spec : sm90::kBarriers) {
+    CHECK(spec.stages >= 1);
+    CHECK(spec.arrivals >= 1);
+    CHECK(std::string(spec.name).size() > 0);
+  }
+  CHECK(sm90::kBarrierCount * 8 < 1024);
+}
