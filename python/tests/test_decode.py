@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mlakit
-from conftest import NUMPY_DTYPES, make_batch
+from batches import NUMPY_DTYPES, make_batch
 
 LENGTHS = [130, 0, 1, 64, 300]
 

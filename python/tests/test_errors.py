@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mlakit
-from conftest import Batch, make_batch
+from batches import Batch, make_batch
 
 
 @pytest.fixture

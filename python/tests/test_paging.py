@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mlakit
-from conftest import make_batch
+from batches import make_batch
 
 
 def test_make_block_table_numbers_pages_in_order() -> None:

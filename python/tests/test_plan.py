@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mlakit
-from conftest import make_batch
+from batches import make_batch
 from mlakit import _ext, testing
 
 
