@@ -53,6 +53,9 @@
 extern "C" {
 #endif
 
+/* The tables are laid out by hand. */
+/* clang-format off */
+
 /* ---------------------------------------------------------------- status ---------------------------------------------- */
 
 /* Values are pinned and never reused. Each tells the caller what to do. */
@@ -340,6 +343,8 @@ typedef struct mla_merge_args {
 /* Joins attention over disjoint sets of keys into attention over all of them, with the lse of mla_decode (-inf: saw nothing).
  * Runs on the device of the tensors. */
 MLA_API mla_status mla_merge(const mla_context* context, const mla_merge_args* args, void* stream);
+
+/* clang-format on */
 
 #ifdef __cplusplus
 }
