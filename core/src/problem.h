@@ -13,8 +13,8 @@ MLA_HD constexpr int32_t dtype_bytes(DType t) {
   return t == DType::kE4m3 ? 1 : t == DType::kBf16 || t == DType::kFp16 ? 2 : 4;
 }
 
-enum class DeviceType : int32_t { kCpu = 1, kCuda = 2 };                // MLA_DEVICE_...
-enum class SplitPolicy : int32_t { kBalanced = 0, kFixedChunk = 1 };    // MLA_SPLIT_...
+enum class DeviceType : int32_t { kCpu = 1, kCuda = 2 };                                       // MLA_DEVICE_...
+enum class SplitPolicy : int32_t { kBalanced = 0, kFixedChunk = 1 };                           // MLA_SPLIT_...
 enum class KvFormat : int32_t { kPlain = 0, kFp8Tensor = 1, kFp8Row656 = 2, kFp8Row584 = 3 };  // MLA_KV_...
 
 MLA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -50,7 +50,8 @@ struct Problem {
   MLA_HD constexpr bool needs_global_len() const { return is_causal && cp_world > 1; }
   // Keys of this rank that query token t of q_tokens may see, of a request with len_tokens keys here and global_tokens on all ranks
   // together. A row sees the first of them.
-  MLA_HD constexpr int64_t visible_tokens(int64_t len_tokens, int64_t global_tokens, int64_t q_tokens, int64_t t) const {
+  MLA_HD constexpr int64_t visible_tokens(int64_t len_tokens, int64_t global_tokens, int64_t q_tokens,
+                                          int64_t t) const {
     return is_causal ? local_tokens(global_tokens - q_tokens + 1 + t) : len_tokens;
   }
 };

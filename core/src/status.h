@@ -40,8 +40,8 @@ const char* status_name(mla_status code);
 void set_last_error(const char* message) noexcept;
 const char* last_error() noexcept;
 
-#define MLA_RETURN_IF_ERROR(expr)                              \
-  do {                                                         \
+#define MLA_RETURN_IF_ERROR(expr)                                         \
+  do {                                                                    \
     if (::mla::Status status_ = (expr); !status_.is_ok()) return status_; \
   } while (false)
 

@@ -50,13 +50,13 @@ struct ScheduleCall {
 
 struct DecodeCall {
   int32_t batch;
-  int64_t q_tokens;  // of all requests together, by q's shape
-  RowView q, q_rope;   // q_rope.data = nullptr: q holds all head_dim columns
+  int64_t q_tokens;   // of all requests together, by q's shape
+  RowView q, q_rope;  // q_rope.data = nullptr: q holds all head_dim columns
   CacheView kv, kv_rope;
   TableView block_table;
-  Int32View cache_seqlens;  // data = nullptr: not given
+  Int32View cache_seqlens;   // data = nullptr: not given
   Int32View global_seqlens;  // data = nullptr unless Problem::needs_global_len()
-  const float* sink;        // nullptr: none; contiguous [q_heads]
+  const float* sink;         // nullptr: none; contiguous [q_heads]
   RowView out;
   RowView lse;  // data = nullptr: not wanted; float
   const std::byte* schedule;

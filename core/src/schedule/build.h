@@ -31,8 +31,8 @@ void build(const Config& c, const View& view, int32_t batch, LenFn&& len_tokens,
     const int64_t position = part_position(p, c.parts, cost);
     while (request < batch && view.cost_prefix()[request + 1] <= position) ++request;
     view.boundary()[p] = request >= batch ? Boundary{batch, 0, 0, 0}
-                                          : boundary_in_request(c, request, position - view.cost_prefix()[request], view.len()[request],
-                                                                c.items(view.q_tokens(request)));
+                                          : boundary_in_request(c, request, position - view.cost_prefix()[request],
+                                                                view.len()[request], c.items(view.q_tokens(request)));
   }
   view.boundary()[c.parts] = {batch, 0, 0, 0};
   header->batch = batch;

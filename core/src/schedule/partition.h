@@ -30,16 +30,19 @@ struct Config {
   int32_t overhead_blocks;  // what an item costs beside its keys, >= 1
   int32_t chunk_blocks;     // 0: balanced
   int32_t plan_key;         // set after the backend's plan(): ties a schedule to its plan
-  int64_t slots;  // partial results that fit into scratch
+  int64_t slots;            // partial results that fit into scratch
 
   MLA_HD constexpr int32_t blocks(int64_t len_tokens) const {
     return static_cast<int32_t>((len_tokens + block_tokens - 1) / block_tokens);
   }
   // The same in 32 bits, which costs a kernel a few registers instead of many.
   MLA_HD constexpr int32_t blocks(int32_t len_tokens) const {
-    return static_cast<int32_t>((static_cast<uint32_t>(len_tokens) + block_tokens - 1) / static_cast<uint32_t>(block_tokens));
+    return static_cast<int32_t>((static_cast<uint32_t>(len_tokens) + block_tokens - 1) /
+                                static_cast<uint32_t>(block_tokens));
   }
-  MLA_HD constexpr int64_t row_groups(int64_t q_tokens) const { return (q_tokens * heads_per_kv_head + item_rows - 1) / item_rows; }
+  MLA_HD constexpr int64_t row_groups(int64_t q_tokens) const {
+    return (q_tokens * heads_per_kv_head + item_rows - 1) / item_rows;
+  }
   // Item i of a request is row group i / kv_heads of kv head i % kv_heads.
   MLA_HD constexpr int64_t items(int64_t q_tokens) const { return row_groups(q_tokens) * kv_heads; }
   // item < items(q_tokens), without its division in 64 bits.
@@ -47,7 +50,9 @@ struct Config {
     return int64_t{item / kv_heads} * item_rows < q_tokens * heads_per_kv_head;
   }
   MLA_HD constexpr int64_t item_cost(int64_t len_tokens) const { return blocks(len_tokens) + overhead_blocks; }
-  MLA_HD constexpr int64_t request_cost(int64_t len_tokens, int64_t q_tokens) const { return items(q_tokens) * item_cost(len_tokens); }
+  MLA_HD constexpr int64_t request_cost(int64_t len_tokens, int64_t q_tokens) const {
+    return items(q_tokens) * item_cost(len_tokens);
+  }
   // Chunks, each with a slot, that an item leaves behind; 0 when it is computed whole. fixed_chunk only.
   MLA_HD constexpr int32_t chunks(int64_t len_tokens) const {
     const int32_t n = blocks(len_tokens);
@@ -79,7 +84,8 @@ MLA_HD constexpr int64_t part_position(int64_t p, int64_t parts, int64_t total) 
 MLA_HD constexpr int64_t part_at(int64_t x, int64_t parts, int64_t total) { return ((x + 1) * parts - 1) / total; }
 
 // The cell of a position inside a request of len_tokens. offset is the position less the request's begin.
-MLA_HD constexpr Boundary boundary_in_request(const Config& c, int32_t request, int64_t offset, int64_t len_tokens, int64_t item_count) {
+MLA_HD constexpr Boundary boundary_in_request(const Config& c, int32_t request, int64_t offset, int64_t len_tokens,
+                                              int64_t item_count) {
   const int64_t cost = c.item_cost(len_tokens);
   int64_t item = offset / cost;
   int64_t block = offset % cost - c.overhead_blocks;
@@ -105,7 +111,8 @@ struct Piece {
 };
 
 // The piece that begins at `at` (a cell before `end`) in part p of a request with n blocks; slot_prefix is the request's.
-MLA_HD constexpr Piece piece_at(const Config& c, int32_t p, const Boundary& at, const Boundary& end, int32_t n, int64_t slot_prefix) {
+MLA_HD constexpr Piece piece_at(const Config& c, int32_t p, const Boundary& at, const Boundary& end, int32_t n,
+                                int64_t slot_prefix) {
   const bool ends_here = at.request == end.request && at.item == end.item;
   int32_t stop = ends_here ? end.block : n;
   int64_t slot = -1;
@@ -143,8 +150,8 @@ MLA_HD constexpr Cuts cuts_of_item(const Config& c, int64_t item_begin, int64_t 
 }
 
 // The piece of cut k of item (request, item). slot_prefix is the request's.
-MLA_HD constexpr Piece piece_of_cut(const Config& c, int64_t k, int32_t request, int32_t item, int64_t item_begin, int64_t total, int32_t n,
-                                    int64_t slot_prefix) {
+MLA_HD constexpr Piece piece_of_cut(const Config& c, int64_t k, int32_t request, int32_t item, int64_t item_begin,
+                                    int64_t total, int32_t n, int64_t slot_prefix) {
   if (c.chunk_blocks > 0) {
     const int32_t begin = static_cast<int32_t>(k) * c.chunk_blocks;
     const int32_t end = begin + c.chunk_blocks < n ? begin + c.chunk_blocks : n;
@@ -158,7 +165,8 @@ MLA_HD constexpr Piece piece_of_cut(const Config& c, int64_t k, int32_t request,
   if (end > n) end = n;
   if (end < begin) end = begin;
   const bool is_whole = begin == 0 && end == n;
-  return {request, item, static_cast<int32_t>(begin), static_cast<int32_t>(end), is_whole ? -1 : 2 * k + (begin > 0 ? 0 : 1)};
+  return {request, item, static_cast<int32_t>(begin), static_cast<int32_t>(end),
+          is_whole ? -1 : 2 * k + (begin > 0 ? 0 : 1)};
 }
 
 }  // namespace mla::schedule

@@ -35,10 +35,18 @@ struct Layout {
   MLA_HD static constexpr size_t align16(size_t n) { return (n + 15) / 16 * 16; }
   MLA_HD constexpr size_t len_offset() const { return sizeof(Header); }
   MLA_HD constexpr size_t q_begin_offset() const { return align16(len_offset() + 4 * static_cast<size_t>(max_batch)); }
-  MLA_HD constexpr size_t cost_prefix_offset() const { return align16(q_begin_offset() + 4 * static_cast<size_t>(max_batch + 1)); }
-  MLA_HD constexpr size_t slot_prefix_offset() const { return align16(cost_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1)); }
-  MLA_HD constexpr size_t boundary_offset() const { return align16(slot_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1)); }
-  MLA_HD constexpr size_t bytes() const { return boundary_offset() + sizeof(Boundary) * static_cast<size_t>(parts + 1); }
+  MLA_HD constexpr size_t cost_prefix_offset() const {
+    return align16(q_begin_offset() + 4 * static_cast<size_t>(max_batch + 1));
+  }
+  MLA_HD constexpr size_t slot_prefix_offset() const {
+    return align16(cost_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1));
+  }
+  MLA_HD constexpr size_t boundary_offset() const {
+    return align16(slot_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1));
+  }
+  MLA_HD constexpr size_t bytes() const {
+    return boundary_offset() + sizeof(Boundary) * static_cast<size_t>(parts + 1);
+  }
 };
 
 // Byte is std::byte to write, const std::byte to read.
