@@ -56,7 +56,7 @@ def tests(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("-v", ".[test,cli]")
     session.run("pytest", "python/tests", "-m", "not gpu", *session.posargs)
-    session.run("pytest", "fuzz", env={"MLAKIT_FUZZ_PROFILE": "ci"})
+    session.run("pytest", "fuzz", "-n", "auto", env={"MLAKIT_FUZZ_PROFILE": "ci"})
 
 
 @nox.session
