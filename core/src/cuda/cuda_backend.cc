@@ -70,6 +70,23 @@ std::string why_unsupported(const Problem& p) {
   return device_info(p.device_id).refusal;
 }
 
+// Dynamic shared memory for a small grid, so that its CTAs spread over all multiprocessors: else they crowd on those that the kernel
+// before leaves first.
+size_t spreading_bytes(int64_t ctas, int multiprocessors) {
+  constexpr int64_t kMostOfOne = 4, kUsable = 204 * 1024, kStatic = 10 * 1024;
+  const int64_t of_one = ceil_div(ctas, multiprocessors);
+  return of_one <= kMostOfOne ? static_cast<size_t>(kUsable / of_one - kStatic) : 0;
+}
+
+// Lets a kernel have so many dynamic bytes. All kernels ask for the largest share of the multiprocessor's memory, as decode needs it:
+// another split between shared memory and cache would be changed between the kernels of a call.
+Status set_shared_memory(const void* kernel, size_t bytes) {
+  MLA_RETURN_IF_ERROR(to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                                "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)"));
+  return to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+                   "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
+}
+
 Status make_plan(Plan& plan) {
   const Problem& p = plan.problem;
   const DeviceInfo& device = device_info(p.device_id);
@@ -79,9 +96,11 @@ Status make_plan(Plan& plan) {
   plan.variant = state->variant->name;
   const CurrentDevice current(p.device_id);
   MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
-  MLA_RETURN_IF_ERROR(to_status(cudaFuncSetAttribute(state->variant->kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(state->variant->shared_bytes)),
-                                "cudaFuncSetAttribute"));
+  MLA_RETURN_IF_ERROR(set_shared_memory(state->variant->kernel(), state->variant->shared_bytes));
+  for (const bool shares_tiles : {false, true}) {
+    MLA_RETURN_IF_ERROR(set_shared_memory(sm90::combine_kernel_handle(p.q_dtype, shares_tiles), spreading_bytes(1, 1)));
+  }
+  MLA_RETURN_IF_ERROR(set_shared_memory(sm90::schedule_kernel_handle(), 0));
   plan.state = std::move(state);
   return Status::ok();
 }
@@ -151,22 +170,28 @@ struct CombineShape {
   bool is_by_item;
 };
 
+// As many as there are pieces for (at least two each), and as fill the device. fixed_chunk: always the same, because the order of the
+// merge is part of a row's bits, and these must not depend on the batch.
+int32_t warps_of_tile(const PlanShape& shape, int64_t items, int64_t tiles, int multiprocessors) {
+  if (shape.config.chunk_blocks > 0) return 4;
+  const int64_t cuts = ceil_div(shape.config.parts, items);  // of an item, about
+  const int64_t most_warps = int64_t{3} * multiprocessors * sm90::kCombineWarps;
+  int32_t warps = 1;
+  while (warps < sm90::kCombineWarps && 4 * warps <= cuts && items * tiles * 2 * warps <= most_warps) warps *= 2;
+  return warps;
+}
+
 CombineShape combine_shape(const PlanShape& shape, int32_t batch, int multiprocessors) {
   const int64_t items = int64_t{batch} * shape.items_per_request;
   const int64_t cut_places = shape.config.parts - 1;
+  const int64_t tiles = int64_t{shape.partial.strips} * layout::PartialLayout::kTiles;
   CombineShape c{};
   c.is_by_item = shape.config.chunk_blocks > 0 || items <= cut_places;
-  const int64_t tiles = int64_t{shape.partial.strips} * layout::PartialLayout::kTiles;
-  const int64_t cuts = ceil_div(shape.config.parts, std::max<int64_t>(items, 1));  // of an item, about
-  const int64_t resident_ctas = int64_t{3} * multiprocessors;
-  c.warps_of_tile = 1;
-  while (c.warps_of_tile < sm90::kCombineWarps && c.warps_of_tile * 4 <= cuts &&
-         items * tiles * c.warps_of_tile * 2 <= resident_ctas * sm90::kCombineWarps) {
-    c.warps_of_tile *= 2;
-  }
-  const int64_t tiles_of_cta = sm90::kCombineWarps * (c.warps_of_tile > 1 ? 1 : sm90::kCombineTiles) / c.warps_of_tile;
-  c.launch = {dim3(static_cast<unsigned>(c.is_by_item ? items : cut_places), static_cast<unsigned>(ceil_div(tiles, tiles_of_cta))),
-              sm90::kCombineThreads};
+  c.warps_of_tile = warps_of_tile(shape, items, tiles, multiprocessors);
+  const int64_t tiles_of_cta = c.warps_of_tile > 1 ? sm90::kCombineWarps / c.warps_of_tile : sm90::kCombineWarps * sm90::kCombineTiles;
+  const int64_t columns = c.is_by_item ? items : cut_places, ctas = ceil_div(tiles, tiles_of_cta);
+  c.launch = {dim3(static_cast<unsigned>(columns), static_cast<unsigned>(ctas)), sm90::kCombineThreads, 1,
+              spreading_bytes(columns * ctas, multiprocessors)};
   return c;
 }
 

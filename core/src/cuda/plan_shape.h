@@ -40,7 +40,7 @@ inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   c.heads_per_kv_head = p.heads_per_kv_head();
   c.kv_heads = p.kv_heads;
   c.parts = std::clamp(multiprocessors / shape.tiles, 1, sm90::kCombineThreads);  // combine has a thread for each
-  c.overhead_blocks = 1;
+  c.overhead_blocks = 4;
   c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;
   shape.partial.strips = static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));
   shape.items_per_request = static_cast<int32_t>(c.items(p.q_len));
