@@ -2,15 +2,16 @@
 
     python bench_cpu.py [--backend NAME] [--dtype bf16|fp16|fp32] [--rounds N] [--threads 1 2] [--shapes TEXT] [--json FILE]
 
-Every round runs, one after the other: the multiply-add probe of the backend's instructions, decode, and the PyTorch forms of the same
-attention (if torch is there). So all of them meet the same neighbours and clocks. Printed are the best and the median of the rounds, the
-share of the probe's peak (best against best) and the ratio of the best times. The PyTorch forms gather each request's pages first, as
-an engine with a paged cache has to:
+Every round runs, one after the other: the multiply-add probe of the backend's instructions, decode, and the PyTorch forms of
+the same attention (if torch is there). So all of them meet the same neighbours and clocks. Printed are the best and the median
+of the rounds, the share of the probe's peak (best against best, then median against median) and the ratio of the best times.
+The PyTorch forms gather each request's pages first, as an engine with a paged cache has to:
 
-    matmul   softmax(q k^T) v by matmul, a request at a time        compile  the same through torch.compile
+    matmul   softmax(q k^T) v by matmul, a request at a time
+    compile  the same through torch.compile
     sdpa     scaled_dot_product_attention with the heads folded into query rows
 
-Before the timing, the first request's rows are compared with the reference backend.
+Before the timing, rows of a request are compared with the reference backend.
 """
 
 from __future__ import annotations
@@ -119,13 +120,13 @@ class Data:
 
 
 def problem_of(shape: Shape, dtype: str) -> mlakit.Problem:
-    return mlakit.Problem(
-        q_dtype=dtype, max_batch=len(shape.lengths), q_len=shape.q_len, q_heads=shape.heads, max_len=max(shape.lengths),
-        max_tokens=sum(shape.lengths), page_size=PAGE_SIZE, causal=shape.causal,
-    )  # fmt: skip
+    sizes = f"b{len(shape.lengths)}:q{shape.q_len}:h{shape.heads}:p{PAGE_SIZE}:l{max(shape.lengths)}:m{sum(shape.lengths)}"
+    return mlakit.Problem.parse(f"dense:{dtype}:{sizes}{':causal' if shape.causal else ''}")
 
 
-def decode_call(shape: Shape, dtype: str, data: Data, backend: str | None, threads: int) -> tuple[Callable[[], Any], mlakit.PlanInfo]:
+def decode_call(
+    shape: Shape, dtype: str, data: Data, backend: str | None, threads: int
+) -> tuple[Callable[[], Any], mlakit.PlanInfo]:
     plan = mlakit.Plan(problem_of(shape, dtype), mlakit.Context(backend, threads))
     schedule = plan.schedule(data.lengths.array)
     call = plan.bind(data.q.array, data.cache.array, data.table.array, schedule, out=data.out.array, lse=data.lse.array)
@@ -136,9 +137,10 @@ def torch_calls(shape: Shape, data: Data) -> dict[str, Callable[[], Any]]:
     """The PyTorch forms by name; none without torch."""
     try:
         import torch
+        import torch.utils.dlpack
     except ImportError:
         return {}
-    q, cache, table = (torch.from_dlpack(t.array) for t in (data.q, data.cache, data.table))
+    q, cache, table = (torch.utils.dlpack.from_dlpack(t.array) for t in (data.q, data.cache, data.table))
     cache = cache.view(-1, PAGE_SIZE, HEAD_DIM)
     scale = HEAD_DIM**-0.5
 
@@ -164,7 +166,9 @@ def torch_calls(shape: Shape, data: Data) -> dict[str, Callable[[], Any]]:
     def by_sdpa(rows: Any, keys: Any, mask: Any) -> Any:
         allowed = None if mask is None else ~mask
         values = keys[:, :VALUE_DIM]
-        return torch.nn.functional.scaled_dot_product_attention(rows[None, None], keys[None, None], values[None, None], allowed, scale=scale)
+        return torch.nn.functional.scaled_dot_product_attention(
+            rows[None, None], keys[None, None], values[None, None], allowed, scale=scale
+        )
 
     def each(attend: Callable[[Any, Any, Any], Any]) -> Callable[[], Any]:
         def call() -> None:
@@ -197,6 +201,10 @@ def best_of_slice(call: Callable[[], Any]) -> float:
             return 1e6 * best
 
 
+def summary(times: list[float], mine: list[float]) -> dict[str, float]:
+    return {"best_us": min(times), "median_us": statistics.median(times), "ratio": min(times) / min(mine)}
+
+
 def run_shape(shape: Shape, dtype: str, backend: str | None, rounds: int, threads_list: list[int]) -> list[dict[str, Any]]:
     data = Data(shape, dtype)
     plan = mlakit.Plan(problem_of(shape, dtype), mlakit.Context(backend))
@@ -223,24 +231,50 @@ def run_shape(shape: Shape, dtype: str, backend: str | None, rounds: int, thread
         mine = times["mlakit"]
         low, _, high = statistics.quantiles(mine, n=4)
         gflops = shape.flop() / min(mine) / 1e3
-        rows.append({
-            "shape": str(shape), "problem": info.problem, "dtype": dtype, "backend": info.backend, "variant": info.variant,
-            "threads": threads, "rounds": rounds, "largest_row_error": error, "best_us": min(mine), "median_us": statistics.median(mine),
-            "spread": (high - low) / statistics.median(mine), "gflops": gflops, "probe_gflops": max(peaks), "share": gflops / max(peaks),
-            "share_median": shape.flop() / statistics.median(mine) / 1e3 / statistics.median(peaks),
-            "peers": {name: {"best_us": min(t), "median_us": statistics.median(t), "ratio": min(t) / min(mine)}
-                      for name, t in times.items() if name != "mlakit"},
-        })  # fmt: skip
+        rows.append(
+            {
+                "shape": str(shape),
+                "problem": info.problem,
+                "dtype": dtype,
+                "backend": info.backend,
+                "variant": info.variant,
+                "threads": threads,
+                "rounds": rounds,
+                "largest_row_error": error,
+                "best_us": min(mine),
+                "median_us": statistics.median(mine),
+                "spread": (high - low) / statistics.median(mine),
+                "gflops": gflops,
+                "probe_gflops": max(peaks),
+                "share": gflops / max(peaks),
+                "share_median": shape.flop() / statistics.median(mine) / 1e3 / statistics.median(peaks),
+                "peers": {name: summary(t, mine) for name, t in times.items() if name != "mlakit"},
+            }
+        )
     return rows
 
 
+COLUMNS = ("th", "best us", "median us", "spread", "GFLOP/s", "probe", "share", "median")
+WIDTHS = (2, 10, 10, 7, 7, 7, 6, 6)
+
+
+def print_line(shape: str, cells: tuple[str, ...], peers: str) -> None:
+    print(f"{shape:34} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), peers, flush=True)
+
+
 def print_row(row: dict[str, Any]) -> None:
-    peers = "  ".join(f"{name} {peer['best_us']:.0f} ({peer['ratio']:.2f}x)" for name, peer in row["peers"].items())
-    print(
-        f"{row['shape']:34} {row['threads']:2} {row['best_us']:10.1f} {row['median_us']:10.1f} {row['spread']:7.1%} {row['gflops']:7.1f} "
-        f"{row['probe_gflops']:7.1f} {row['share']:6.3f} {row['share_median']:6.3f}  {peers}",
-        flush=True,
+    cells = (
+        f"{row['threads']}",
+        f"{row['best_us']:.1f}",
+        f"{row['median_us']:.1f}",
+        f"{row['spread']:.1%}",
+        f"{row['gflops']:.1f}",
+        f"{row['probe_gflops']:.1f}",
+        f"{row['share']:.3f}",
+        f"{row['share_median']:.3f}",
     )
+    peers = (f"{name} {peer['best_us']:.0f} ({peer['ratio']:.2f}x)" for name, peer in row["peers"].items())
+    print_line(row["shape"], cells, "  ".join(peers))
 
 
 def main() -> None:
@@ -253,7 +287,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    print(f"{'shape':34} {'th':>2} {'best us':>10} {'median us':>10} {'spread':>7} {'GFLOP/s':>7} {'probe':>7} {'share':>6} {'median':>6}  peers: best us")
+    print_line("shape", COLUMNS, "peers: best us (times mlakit's)")
     results = []
     for shape in SHAPES:
         if args.shapes not in str(shape):
@@ -262,7 +296,12 @@ def main() -> None:
             results.append(row)
             print_row(row)
     if args.json:
-        machine = {"machine": platform.machine(), "cpus": len(os.sched_getaffinity(0)), "mlakit": mlakit.__version__, "load": os.getloadavg()}
+        machine = {
+            "machine": platform.machine(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "mlakit": mlakit.__version__,
+            "load": os.getloadavg(),
+        }
         args.json.write_text(json.dumps({**machine, "rows": results}, indent=1) + "\n")
 
 

@@ -345,10 +345,15 @@ class Decode {
       }
     };
     int64_t count = 0, mine = 0;
-    for_each_cut([&](const Piece& cut) {
-      if (cut.begin_block < piece.begin_block) ++mine;
-      ++count;
-    });
+    if (c.chunk_blocks > 0) {  // there may be thousands, none of them empty
+      count = cuts.last + 1;
+      mine = piece.begin_block / c.chunk_blocks;
+    } else {
+      for_each_cut([&](const Piece& cut) {
+        if (cut.begin_block < piece.begin_block) ++mine;
+        ++count;
+      });
+    }
     const int32_t begin = static_cast<int32_t>(mine * item.rows / count);
     const int32_t end = static_cast<int32_t>((mine + 1) * item.rows / count);
     if (begin == end) return;
