@@ -41,7 +41,7 @@ class Problem(Structure):
         *((n, c_int32) for n in ("q_heads", "kv_heads", "head_dim", "value_dim", "page_size", "split_policy", "chunk_tokens")),
         *((n, c_int32) for n in ("topk", "cp_world", "cp_rank")),
         ("softmax_scale", c_float),
-        ("reserved", c_uint32),
+        ("cp_turn", c_int32),
     ]
 
 
@@ -125,7 +125,9 @@ def tensor(x: torch.Tensor | None) -> Any:
     code, bits = _DTYPES[x.dtype]
     shape, strides = (c_int64 * x.dim())(*x.shape), (c_int64 * x.dim())(*x.stride())
     is_cuda = x.device.type == "cuda"
-    t = Tensor(x.data_ptr(), Device(CUDA if is_cuda else 1, x.device.index or 0), x.dim(), DataType(code, bits, 1), shape, strides, 0)
+    t = Tensor(
+        x.data_ptr(), Device(CUDA if is_cuda else 1, x.device.index or 0), x.dim(), DataType(code, bits, 1), shape, strides, 0
+    )
     pointer = ctypes.pointer(t)
     pointer._keep = (shape, strides, x)
     return pointer
@@ -161,7 +163,9 @@ class Plan:
             lib.mla_plan_destroy(self._handle)
 
     def schedule(self, cache_seqlens: torch.Tensor, cu_seqlens_q: torch.Tensor | None = None) -> None:
-        args = ScheduleArgs(struct_size=ctypes.sizeof(ScheduleArgs), cache_seqlens=tensor(cache_seqlens), cu_seqlens_q=tensor(cu_seqlens_q))
+        args = ScheduleArgs(
+            struct_size=ctypes.sizeof(ScheduleArgs), cache_seqlens=tensor(cache_seqlens), cu_seqlens_q=tensor(cu_seqlens_q)
+        )
         args.schedule, args.schedule_bytes = self.schedule_buffer.data_ptr(), self.schedule_buffer.numel()
         check(lib.mla_schedule(self._handle, byref(args), stream()))
 
@@ -181,7 +185,9 @@ class Plan:
         check(lib.mla_decode(self._handle, byref(args), stream()))
 
 
-def merge(out_parts: torch.Tensor, lse_parts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, is_base2: bool = False) -> None:
+def merge(
+    out_parts: torch.Tensor, lse_parts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, is_base2: bool = False
+) -> None:
     context = c_void_p()
     check(lib.mla_context_create(byref(context), None))
     args = MergeArgs(struct_size=ctypes.sizeof(MergeArgs), flags=4 if is_base2 else 0)

@@ -1,5 +1,5 @@
-"""Random batches on the device, hostile where a caller may be: garbage after a table's used part, NaN in every unused slot, poisoned
-outputs. And the answer in double precision, row by row."""
+"""Random batches on the device, hostile where a caller may be: garbage after a table's used part, NaN in every unused slot,
+poisoned outputs. And the answer in double precision, row by row."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import dataclasses
 import random
 from typing import Any
 
-import torch
-
 import cabi
+import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GARBAGE_PAGES = (-1, 2**31 - 1, -(2**31), 123456789)
@@ -54,7 +53,9 @@ class Batch:
         kv.normal_(generator=g)
         ids = torch.randperm(pages, generator=g, device="cuda").int()
         width = max(max(pages_of), 1) + 2
-        table = torch.tensor([[rng.choice(GARBAGE_PAGES) for _ in range(width)] for _ in case.lengths], dtype=torch.int32, device="cuda")
+        table = torch.tensor(
+            [[rng.choice(GARBAGE_PAGES) for _ in range(width)] for _ in case.lengths], dtype=torch.int32, device="cuda"
+        )
         used = 0
         self.page_lists = []
         for i, n in enumerate(pages_of):
@@ -72,8 +73,12 @@ class Batch:
         self.lengths = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
         self.cu_seqlens_q = None
         if case.is_ragged:
-            self.cu_seqlens_q = torch.tensor([sum(case.q_lens[:i]) for i in range(len(case.q_lens) + 1)], dtype=torch.int32, device="cuda")
-        self.out = torch.full((*shape, 512), float("nan"), dtype=torch.float32 if "outfp32" in case.flags else dtype, device="cuda")
+            self.cu_seqlens_q = torch.tensor(
+                [sum(case.q_lens[:i]) for i in range(len(case.q_lens) + 1)], dtype=torch.int32, device="cuda"
+            )
+        self.out = torch.full(
+            (*shape, 512), float("nan"), dtype=torch.float32 if "outfp32" in case.flags else dtype, device="cuda"
+        )
         self.lse = torch.full(shape, float("nan"), device="cuda")
 
     def q_of(self, i: int) -> slice | int:
@@ -90,7 +95,9 @@ class Batch:
         plan.decode(**{**tensors, **changes})
         return plan
 
-    def reference(self, i: int, softmax_scale: float | None = None, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference(
+        self, i: int, softmax_scale: float | None = None, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of request i in double precision: [q_len, heads, 512], [q_len, heads]."""
         c = self.case
         n, q_len, group = c.lengths[i], c.q_lens[i], c.q_heads // c.kv_heads
@@ -106,7 +113,9 @@ class Batch:
         lse, out = lse.reshape(q_len, c.q_heads), out.reshape(q_len, c.q_heads, 512)
         return _with_sink(out, lse, sink)
 
-    def reference_all(self, softmax_scale: float | None = None, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_all(
+        self, softmax_scale: float | None = None, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for all requests at once (not ragged): [batch, q_len, heads, 512], [batch, q_len, heads]."""
         c = self.case
         batch, q_len, group, longest = len(c.lengths), c.q_lens[0], c.q_heads // c.kv_heads, max(max(c.lengths), 1)
@@ -116,9 +125,18 @@ class Batch:
         ids = torch.where(position[:, :: c.page_size] < self.lengths[:, None], self.table[:, :pages], 0).long()
         kv = torch.where(is_key[..., None, None], self.kv[ids].view(batch, -1, c.kv_heads, c.head_dim), 0).double()
         kv = kv.transpose(1, 2).reshape(batch * c.kv_heads, -1, c.head_dim)
-        q = self.q.double().view(batch, q_len, c.kv_heads, group, c.head_dim).transpose(1, 2).reshape(batch * c.kv_heads, -1, c.head_dim)
+        q = (
+            self.q.double()
+            .view(batch, q_len, c.kv_heads, group, c.head_dim)
+            .transpose(1, 2)
+            .reshape(batch * c.kv_heads, -1, c.head_dim)
+        )
         s = torch.bmm(q, kv.transpose(1, 2)).view(batch, c.kv_heads, q_len, group, -1).mul_(softmax_scale or c.head_dim**-0.5)
-        last = self.lengths[:, None] - 1 + (torch.arange(q_len, device="cuda") - q_len + 1 if c.is_causal else torch.zeros(q_len, device="cuda"))
+        last = (
+            self.lengths[:, None]
+            - 1
+            + (torch.arange(q_len, device="cuda") - q_len + 1 if c.is_causal else torch.zeros(q_len, device="cuda"))
+        )
         s.masked_fill_((position[:, None, :] > last[..., None])[:, None, :, None, :], -torch.inf)
         s.masked_fill_(~is_key[:, None, None, None, :], -torch.inf)
         lse = torch.logsumexp(s, -1)
@@ -135,7 +153,9 @@ class Batch:
         worst = 0.0
         for i in range(len(self.case.lengths)):
             if self.case.q_lens[i]:
-                worst = max(worst, check_rows(self.out[self.q_of(i)], got_lse[self.q_of(i)], *self.reference(i, **how), self.case))
+                worst = max(
+                    worst, check_rows(self.out[self.q_of(i)], got_lse[self.q_of(i)], *self.reference(i, **how), self.case)
+                )
         return worst
 
 
@@ -146,8 +166,8 @@ def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor | None) 
     return out, lse
 
 
-# An output element is a mean of values of order one with weights rounded to the input type; its own rounding is half a unit in the last
-# place. Measured on random data a row's relative error is 1e-3 to 3e-3 for bf16 and 3e-4 for fp16.
+# An output element is a mean of values of order one with weights rounded to the input type; its own rounding is half a unit in
+# the last place. Measured on random data a row's relative error is 1e-3 to 3e-3 for bf16 and 3e-4 for fp16.
 ROW_TOLERANCE = {"bf16": 6e-3, "fp16": 1e-3}
 # A score is a sum of 576 exact products in fp32, scaled; the sum of exponentials is in fp32 too.
 LSE_TOLERANCE = 2e-4

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import cabi
 import pytest
 import torch
-
-import cabi
 from cases import Batch, Case
 
 MIXED = [300, 0, 4096, 77, 1, 2000]
@@ -68,7 +67,11 @@ def test_strided_tensors_and_split_views() -> None:
             x.out, x.lse = out[..., first : first + 512], lse.permute(1, 2, 0)
             out.fill_(float("nan"))
             lse.fill_(float("nan"))
-            split = dict(q=q[..., :512], q_rope=q[..., 512:], kv_cache=kv[..., :512], kv_rope=kv[..., 512:]) if is_split else dict(q=q, kv_cache=kv)
+            split = (
+                dict(q=q[..., :512], q_rope=q[..., 512:], kv_cache=kv[..., :512], kv_rope=kv[..., 512:])
+                if is_split
+                else dict(q=q, kv_cache=kv)
+            )
             x.run(block_table=table, **split)
             x.check()
             untouched = torch.cat([out[..., :first], out[..., first + 512 :]], -1)
@@ -182,11 +185,17 @@ def test_any_stream_and_no_lse() -> None:
 @pytest.mark.parametrize("is_base2", [False, True])
 def test_merge(dtype: torch.dtype, is_base2: bool) -> None:
     parts, tokens, heads, dim = 5, 7, 3, 512
-    out_parts, lse_parts = torch.randn(parts, tokens, heads, dim, device="cuda").to(dtype), torch.randn(parts, tokens, heads, device="cuda") * 5
+    out_parts, lse_parts = (
+        torch.randn(parts, tokens, heads, dim, device="cuda").to(dtype),
+        torch.randn(parts, tokens, heads, device="cuda") * 5,
+    )
     lse_parts[:, 0, 0] = -torch.inf
     lse_parts[1:4, 1] = -torch.inf
     out_parts[1:4, 1] = float("nan")  # of a part that saw nothing: counts for nothing
-    out, lse = torch.full((tokens, heads, dim), float("nan"), device="cuda").to(dtype), torch.full((tokens, heads), float("nan"), device="cuda")
+    out, lse = (
+        torch.full((tokens, heads, dim), float("nan"), device="cuda").to(dtype),
+        torch.full((tokens, heads), float("nan"), device="cuda"),
+    )
     cabi.merge(out_parts, lse_parts, out, lse, is_base2)
     unit = 0.6931471805599453 if is_base2 else 1.0
     s = lse_parts.double() * unit
@@ -201,7 +210,10 @@ def test_merge(dtype: torch.dtype, is_base2: bool) -> None:
 
 
 def test_refusals_name_the_reason() -> None:
-    for problem, word in (("dense:fp32:b1:q1:h16:l64:cuda0", "bf16 or fp16"), ("dense:bf16:b1:q1:h16:d320:v256:l64:cuda0", "576/512")):
+    for problem, word in (
+        ("dense:fp32:b1:q1:h16:l64:cuda0", "bf16 or fp16"),
+        ("dense:bf16:b1:q1:h16:d320:v256:l64:cuda0", "576/512"),
+    ):
         with pytest.raises(cabi.MlaError, match=word):
             cabi.Plan(problem)
     x = Batch(Case([100], [1], 16))

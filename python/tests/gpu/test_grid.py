@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-
 from cases import Batch, Case
 
 HEADS = [(1, 1), (3, 1), (9, 1), (16, 1), (64, 1), (63, 1), (128, 1), (126, 2), (128, 2)]
@@ -21,8 +20,13 @@ def test_rows_match_double_precision(q_heads: int, kv_heads: int, q_len: int, pa
     for batch in (1, 2, 6, 64):
         for length in LENGTHS:
             for is_causal in (False, True):
-                lengths = [rng.choice((0, 1, rng.randrange(1, 700), rng.randrange(1, 3000))) if length is None else length for _ in range(batch)]
-                case = Case(lengths, [q_len] * batch, q_heads, kv_heads, page_size, is_causal=is_causal, seed=rng.randrange(2**31))
+                lengths = [
+                    rng.choice((0, 1, rng.randrange(1, 700), rng.randrange(1, 3000))) if length is None else length
+                    for _ in range(batch)
+                ]
+                case = Case(
+                    lengths, [q_len] * batch, q_heads, kv_heads, page_size, is_causal=is_causal, seed=rng.randrange(2**31)
+                )
                 x = Batch(case)
                 x.run()
                 x.check()
