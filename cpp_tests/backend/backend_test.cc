@@ -58,7 +58,8 @@ Spec random_spec(uint32_t seed) {
   s.out_dtype = random() % 2 == 0 ? DType::kFp32 : s.q_dtype;
   s.kv_heads = pick(random, {1, 1, 1, 2, 3});
   s.q_heads = s.kv_heads * pick(random, {1, 2, 3, 7, 16, 17, 40});
-  const auto dims = pick(random, {std::pair{576, 512}, {576, 512}, {512, 512}, {320, 256}, {80, 64}, {33, 17}, {7, 5}, {2, 1}, {50, 34}});
+  const auto dims = pick(
+      random, {std::pair{576, 512}, {576, 512}, {512, 512}, {320, 256}, {80, 64}, {33, 17}, {7, 5}, {2, 1}, {50, 34}});
   s.head_dim = dims.first;
   s.value_dim = dims.second;
   s.page_size = pick(random, {64, 64, 1, 2, 3, 16, 100, 256});

@@ -11,7 +11,6 @@
 #include <sstream>
 #include <stdexcept>
 
-
 namespace mla::test {
 
 namespace {
@@ -51,8 +50,10 @@ uint16_t double_to_fp16(double x) {
 double fp16_to_double(uint16_t h) {
   const int exponent = h >> 10 & 0x1f, mantissa = h & 0x3ff;
   double a;
-  if (exponent == 31) a = mantissa ? kNan : std::numeric_limits<double>::infinity();
-  else a = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+  if (exponent == 31)
+    a = mantissa ? kNan : std::numeric_limits<double>::infinity();
+  else
+    a = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
   return h & 0x8000 ? -a : a;
 }
 
@@ -61,7 +62,8 @@ double unit_roundoff(DType t) { return t == DType::kBf16 ? 0x1p-8 : t == DType::
 // Exactly so many bytes, so that a sanitizer sees the first one after them; all 0xff, which is NaN.
 class AlignedBytes {
  public:
-  explicit AlignedBytes(size_t bytes) : p_(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kScratchAlignment)))) {
+  explicit AlignedBytes(size_t bytes)
+      : p_(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kScratchAlignment)))) {
     std::memset(p_, 0xff, bytes);
   }
   ~AlignedBytes() { ::operator delete(p_, std::align_val_t(kScratchAlignment)); }
@@ -106,13 +108,19 @@ double Case::Tensor::get(int64_t index) const {
 std::string Spec::describe() const {
   const char* names[] = {"", "bf16", "fp16", "fp32"};
   std::ostringstream s;
-  s << "q " << names[static_cast<int>(q_dtype)] << " kv " << names[static_cast<int>(kv_dtype)] << " out " << names[static_cast<int>(out_dtype)]
-    << " heads " << q_heads << "/" << kv_heads << " dims " << head_dim << "/" << value_dim << " page " << page_size << " lengths";
+  s << "q " << names[static_cast<int>(q_dtype)] << " kv " << names[static_cast<int>(kv_dtype)] << " out "
+    << names[static_cast<int>(out_dtype)] << " heads " << q_heads << "/" << kv_heads << " dims " << head_dim << "/"
+    << value_dim << " page " << page_size << " lengths";
   for (int32_t n : lengths) s << " " << n;
   s << " q_lens";
   for (int32_t n : q_lens) s << " " << n;
-  for (const auto& [flag, name] : {std::pair{is_causal, "causal"}, {is_ragged, "ragged"}, {is_lse_base2, "lse2"}, {has_sink, "sink"},
-                                   {has_q_views, "q views"}, {has_kv_views, "kv views"}, {is_strided, "strided"}}) {
+  for (const auto& [flag, name] : {std::pair{is_causal, "causal"},
+                                   {is_ragged, "ragged"},
+                                   {is_lse_base2, "lse2"},
+                                   {has_sink, "sink"},
+                                   {has_q_views, "q views"},
+                                   {has_kv_views, "kv views"},
+                                   {is_strided, "strided"}}) {
     if (flag) s << " " << name;
   }
   if (split_policy == SplitPolicy::kFixedChunk) s << " chunk " << chunk_tokens;
@@ -140,7 +148,8 @@ Problem Case::problem() const {
   p.split_policy = spec_.split_policy;
   p.chunk_tokens = spec_.split_policy == SplitPolicy::kFixedChunk ? spec_.chunk_tokens : 0;
   p.cp_world = 1;
-  p.softmax_scale = spec_.softmax_scale != 0.0f ? spec_.softmax_scale : 1.0f / std::sqrt(static_cast<float>(spec_.head_dim));
+  p.softmax_scale =
+      spec_.softmax_scale != 0.0f ? spec_.softmax_scale : 1.0f / std::sqrt(static_cast<float>(spec_.head_dim));
   p.is_causal = spec_.is_causal;
   p.is_ragged = spec_.is_ragged;
   p.is_lse_base2 = spec_.is_lse_base2;
@@ -225,7 +234,8 @@ Case::Case(const Spec& spec) : spec_(spec), batch_(static_cast<int32_t>(spec.len
   size_t next_id = 0;
   for (int32_t r = 0; r < batch_; ++r) {
     auto next = numbers_of(r, 1);
-    for (int64_t i = 0; i < ceil_div(spec_.lengths[r], spec_.page_size); ++i) table_[r * table_width_ + i] = ids[next_id++];
+    for (int64_t i = 0; i < ceil_div(spec_.lengths[r], spec_.page_size); ++i)
+      table_[r * table_width_ + i] = ids[next_id++];
     for (int64_t t = 0; t < spec_.lengths[r]; ++t) {
       for (int32_t h = 0; h < spec_.kv_heads; ++h) {
         for (int32_t c = 0; c < spec_.head_dim; ++c) set_key(r, t, h, c, next());
@@ -251,18 +261,22 @@ int64_t Case::q_index(int64_t token, int32_t head, int32_t column, bool* is_rope
 int64_t Case::kv_index(int64_t page, int64_t row, int32_t kv_head, int32_t column, bool* is_rope) const {
   *is_rope = spec_.has_kv_views && column >= spec_.value_dim;
   const CacheView& v = *is_rope ? kv_rope_view_ : kv_view_;
-  return page * v.page_stride + row * v.token_stride + kv_head * v.head_stride + (*is_rope ? column - spec_.value_dim : column);
+  return page * v.page_stride + row * v.token_stride + kv_head * v.head_stride +
+         (*is_rope ? column - spec_.value_dim : column);
 }
 
 int64_t Case::kv_index_of(int32_t request, int64_t token, int32_t kv_head, int32_t column, bool* is_rope) const {
-  return kv_index(table_[request * table_width_ + token / spec_.page_size], token % spec_.page_size, kv_head, column, is_rope);
+  return kv_index(table_[request * table_width_ + token / spec_.page_size], token % spec_.page_size, kv_head, column,
+                  is_rope);
 }
 
 int64_t Case::out_index(int64_t token, int32_t head, int32_t column) const {
   return token * out_view_.token_stride + head * out_view_.head_stride + column;
 }
 
-int64_t Case::lse_index(int64_t token, int32_t head) const { return token * lse_view_.token_stride + head * lse_view_.head_stride; }
+int64_t Case::lse_index(int64_t token, int32_t head) const {
+  return token * lse_view_.token_stride + head * lse_view_.head_stride;
+}
 
 Output Case::run(const Backend& backend, const Runner& runner) const {
   Plan plan;
@@ -273,7 +287,8 @@ Output Case::run(const Backend& backend, const Runner& runner) const {
   plan.context = context;
   plan.problem = problem();
   plan.backend = &backend;
-  if (const std::string reason = backend.why_unsupported(plan.problem); !reason.empty()) throw std::runtime_error(reason);
+  if (const std::string reason = backend.why_unsupported(plan.problem); !reason.empty())
+    throw std::runtime_error(reason);
   if (const Status s = backend.plan(plan); !s.is_ok()) throw std::runtime_error(s.message());
 
   const AlignedBytes schedule_bytes(plan.layout().bytes()), scratch_bytes(plan.scratch_bytes);
@@ -285,7 +300,8 @@ Output Case::run(const Backend& backend, const Runner& runner) const {
   schedule_call.cache_seqlens = {spec_.lengths.data(), 1};
   if (spec_.is_ragged) schedule_call.cu_seqlens_q = {q_begin_.data(), 1};
   schedule_call.schedule = schedule;
-  if (const Status s = backend.schedule(plan, schedule_call, nullptr); !s.is_ok()) throw std::runtime_error(s.message());
+  if (const Status s = backend.schedule(plan, schedule_call, nullptr); !s.is_ok())
+    throw std::runtime_error(s.message());
 
   Tensor out{spec_.out_dtype, {}}, lse{DType::kFp32, {}};
   out.resize(out_elems_);
@@ -399,7 +415,8 @@ std::string compare(const Spec& spec, const Output& got, const Output& want) {
   // Three errors: the output's rounding; weights rounded to bf16 by a dot product of pairs (as far as q and cache are bf16 themselves);
   // and fp32 sums, of which the scores' error grows with the scores.
   const bool may_round_weights = spec.q_dtype == DType::kBf16 && spec.kv_dtype == DType::kBf16;
-  const double out_unit = unit_roundoff(spec.out_dtype), weight_unit = may_round_weights ? unit_roundoff(DType::kBf16) : 0.0;
+  const double out_unit = unit_roundoff(spec.out_dtype),
+               weight_unit = may_round_weights ? unit_roundoff(DType::kBf16) : 0.0;
   const double sum_unit = 1e-5 * std::max(1.0f, spec.q_magnitude);
   const size_t dim = static_cast<size_t>(spec.value_dim);
   char text[256];
@@ -414,9 +431,11 @@ std::string compare(const Spec& spec, const Output& got, const Output& want) {
     double err2 = 0.0, allowed2 = 0.0;
     for (size_t c = 0; c < dim; ++c) {
       const double g = got.out[row * dim + c], w = want.out[row * dim + c], spread = want.spread[row * dim + c];
-      const double allowed = out_unit * 1.01 * std::fabs(w) + (weight_unit + sum_unit) * spread + 0x1p-24 * (spec.out_dtype == DType::kFp16);
+      const double allowed = out_unit * 1.01 * std::fabs(w) + (weight_unit + sum_unit) * spread +
+                             0x1p-24 * (spec.out_dtype == DType::kFp16);
       if (!(std::fabs(g - w) <= allowed)) {
-        std::snprintf(text, sizeof text, "out of row %zu, column %zu is %.9g, expected %.9g (+- %.3g): ", row, c, g, w, allowed);
+        std::snprintf(text, sizeof text, "out of row %zu, column %zu is %.9g, expected %.9g (+- %.3g): ", row, c, g, w,
+                      allowed);
         return text + spec.describe();
       }
       // Over a whole row, errors have to be as small as independent roundings are.
@@ -424,7 +443,8 @@ std::string compare(const Spec& spec, const Output& got, const Output& want) {
       allowed2 += std::pow(std::max(out_unit, weight_unit) * w, 2) + std::pow(sum_unit * spread, 2);
     }
     if (!(std::sqrt(err2) <= 1.2 * std::sqrt(allowed2) + 1e-7)) {
-      std::snprintf(text, sizeof text, "out of row %zu is off by %.3g in norm, allowed %.3g: ", row, std::sqrt(err2), std::sqrt(allowed2));
+      std::snprintf(text, sizeof text, "out of row %zu is off by %.3g in norm, allowed %.3g: ", row, std::sqrt(err2),
+                    std::sqrt(allowed2));
       return text + spec.describe();
     }
   }

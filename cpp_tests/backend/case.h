@@ -37,10 +37,10 @@ struct Spec {
 };
 
 struct Output {
-  std::vector<double> out;                // [token][head][value_dim]
-  std::vector<double> lse;                // [token][head]
-  std::vector<double> spread;             // [token][head][value_dim]: sum of weight * |value|; of expect() only
-  std::vector<unsigned char> bits;        // of out and lse together
+  std::vector<double> out;          // [token][head][value_dim]
+  std::vector<double> lse;          // [token][head]
+  std::vector<double> spread;       // [token][head][value_dim]: sum of weight * |value|; of expect() only
+  std::vector<unsigned char> bits;  // of out and lse together
   int64_t allocations = 0;
 };
 

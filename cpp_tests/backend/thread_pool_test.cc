@@ -40,7 +40,9 @@ TEST_CASE("every task runs once, however many there are, run after run") {
 TEST_CASE("the caller's thread takes part") {
   ThreadPool pool;
   std::array<std::thread::id, 3> ids;
-  pool.run(3, [](void* p, int64_t i) { (*static_cast<std::array<std::thread::id, 3>*>(p))[i] = std::this_thread::get_id(); }, &ids);
+  pool.run(
+      3, [](void* p, int64_t i) { (*static_cast<std::array<std::thread::id, 3>*>(p))[i] = std::this_thread::get_id(); },
+      &ids);
   CHECK(ids[0] == std::this_thread::get_id());
 }
 
@@ -81,7 +83,12 @@ TEST_CASE("callers at the same time, and a task that runs the pool, get all thei
     ThreadPool* pool;
     std::atomic<int> failures{0};
   } nested{&pool};
-  pool.run(3, [](void* p, int64_t) { static_cast<Nested*>(p)->failures += !runs_each_task_once(*static_cast<Nested*>(p)->pool, 3); }, &nested);
+  pool.run(
+      3,
+      [](void* p, int64_t) {
+        static_cast<Nested*>(p)->failures += !runs_each_task_once(*static_cast<Nested*>(p)->pool, 3);
+      },
+      &nested);
   CHECK(nested.failures == 0);
 }
 

@@ -52,7 +52,9 @@ int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
 int32_t spread_stride(int32_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
 
 // Of a row of sums: the tiles write whole strips of two vectors.
-int32_t out_stride(const Problem& p, const CpuPlan& cpu_plan) { return spread_stride(round_up(p.value_dim, 2 * cpu_plan.kernel->lanes)); }
+int32_t out_stride(const Problem& p, const CpuPlan& cpu_plan) {
+  return spread_stride(round_up(p.value_dim, 2 * cpu_plan.kernel->lanes));
+}
 
 Slots take_slots(Workspace& workspace, const Plan& plan, const CpuPlan& cpu_plan) {
   const size_t rows = static_cast<size_t>(plan.config.slots) * plan.config.item_rows;
@@ -71,12 +73,14 @@ LaneScratch take_lane(Workspace& workspace, const Plan& plan, const CpuPlan& cpu
   const size_t strip_lanes = 2 * lanes;
   const bool has_pairs = cpu_plan.math == cpu::Math::kBf16Pairs;
   LaneScratch w{};
-  w.row_stride = spread_stride(p.head_dim + 15);  // the rope columns of two views are written in whole vectors, wherever they begin
+  w.row_stride = spread_stride(p.head_dim +
+                               15);  // the rope columns of two views are written in whole vectors, wherever they begin
   w.out_stride = out_stride(p, cpu_plan);
   w.q = workspace.take<uint32_t>(rows * (has_pairs ? p.head_dim / 2 : p.head_dim), kLane);
   w.scores = workspace.take<float>((cpu::kMaxStep + cpu::kMaxTile) * strip_lanes, kLane);
   w.weights = workspace.take<uint32_t>(cpu::kBlockTokens * (rows + cpu::kMaxTile));
-  w.values = workspace.take<uint32_t>(has_pairs ? cpu::kMaxStep * strip_lanes : static_cast<size_t>(cpu::kBlockTokens) * w.row_stride);
+  w.values = workspace.take<uint32_t>(has_pairs ? cpu::kMaxStep * strip_lanes
+                                                : static_cast<size_t>(cpu::kBlockTokens) * w.row_stride);
   w.rows = workspace.take<uint32_t>(4 * static_cast<size_t>(w.row_stride));
   w.out = workspace.take<float>(rows * w.out_stride);
   w.row_max = workspace.take<float>(rows);
@@ -117,7 +121,8 @@ Status make_plan(Plan& plan) {
   const int64_t most_rows = cpu_plan->math == cpu::Math::kBf16Pairs ? 128 : 64;
   const int64_t rows = p.rows(p.q_len);
   const int64_t groups = ceil_div(rows, most_rows);
-  const int32_t item_rows = groups == 1 ? static_cast<int32_t>(rows) : round_up(static_cast<int32_t>(ceil_div(rows, groups)), 16);
+  const int32_t item_rows =
+      groups == 1 ? static_cast<int32_t>(rows) : round_up(static_cast<int32_t>(ceil_div(rows, groups)), 16);
 
   schedule::Config& c = plan.config;
   c = {};
@@ -128,7 +133,8 @@ Status make_plan(Plan& plan) {
   c.overhead_blocks = 1;
   c.parts = 1;
   const int64_t items = c.items(p.q_len);
-  const int64_t blocks = ceil_div(p.max_tokens, c.block_tokens) + p.max_batch;  // the last block of a request may be short
+  const int64_t blocks =
+      ceil_div(p.max_tokens, c.block_tokens) + p.max_batch;  // the last block of a request may be short
   while (c.parts < kMaxParts && c.parts * 2 * kBlocksOfPart <= items * blocks) c.parts *= 2;
   if (p.split_policy == SplitPolicy::kFixedChunk) c.chunk_blocks = p.chunk_tokens / c.block_tokens;
   c.slots = schedule::slots_needed(c, p);
@@ -154,7 +160,10 @@ const std::byte* bytes(const void* p) { return static_cast<const std::byte*>(p);
 class Decode {
  public:
   Decode(const Plan& plan, const DecodeCall& call)
-      : plan_(plan), cpu_plan_(*static_cast<const CpuPlan*>(plan.state.get())), call_(call), view_(call.schedule, plan.layout()) {
+      : plan_(plan),
+        cpu_plan_(*static_cast<const CpuPlan*>(plan.state.get())),
+        call_(call),
+        view_(call.schedule, plan.layout()) {
     Workspace workspace(call.scratch);
     slots_ = take_slots(workspace, plan, cpu_plan_);
     lanes_begin_ = workspace.bytes();
@@ -180,8 +189,10 @@ class Decode {
   void for_each_lane(mla_task_fn fn) {
     const Context& context = *plan_.context;
     const int32_t lanes = std::min(cpu_plan_.lanes, plan_.config.parts);
-    if (context.parallel_for != nullptr) context.parallel_for(context.parallel_for_user, lanes, fn, this);
-    else context.threads->run(lanes, fn, this);
+    if (context.parallel_for != nullptr)
+      context.parallel_for(context.parallel_for_user, lanes, fn, this);
+    else
+      context.threads->run(lanes, fn, this);
   }
 
   template <class Fn>
@@ -233,7 +244,8 @@ class Decode {
 
   cpu::Cache cache_of(const CacheView& view, const Item& item) const {
     if (view.data == nullptr) return {};
-    return {at(bytes(view.data), plan_.problem.kv_dtype, item.kv_head * view.head_stride), view.page_stride, view.token_stride};
+    return {at(bytes(view.data), plan_.problem.kv_dtype, item.kv_head * view.head_stride), view.page_stride,
+            view.token_stride};
   }
 
   // Consecutive pieces of a lane are often of one item: its q is packed once.
@@ -274,6 +286,7 @@ class Decode {
     a.visible0 = (p.needs_global_len() ? global.data[item.request * global.stride] : item.len) - item.q_tokens + 1;
     a.cp_world = p.cp_world;
     a.cp_rank = p.cp_rank;
+    a.cp_turn = p.cp_turn;
     a.scale_log2e = p.softmax_scale * math::kLog2e;
     a.is_q_packed = is_q_packed;
     if (piece.slot >= 0) w.out = slot_row(piece.slot, 0);
@@ -293,7 +306,9 @@ class Decode {
   float& slot_max(int64_t slot, int64_t r) const { return slots_.max[slot * plan_.config.item_rows + r]; }
   float& slot_sum(int64_t slot, int64_t r) const { return slots_.sum[slot * plan_.config.item_rows + r]; }
   // The row's running maximum, in the terms of math::merge_weight.
-  float slot_max_or_empty(int64_t slot, int64_t r) const { return slot_sum(slot, r) == 0.0f ? -INFINITY : slot_max(slot, r); }
+  float slot_max_or_empty(int64_t slot, int64_t r) const {
+    return slot_sum(slot, r) == 0.0f ? -INFINITY : slot_max(slot, r);
+  }
 
   // Rows [begin, end) of the item from lane scratch into the caller's tensors.
   void store_results(const Item& item, int32_t begin, int32_t end, const LaneScratch& w) const {
@@ -315,8 +330,8 @@ class Decode {
     }
     const RowView& out = call_.out;
     const int64_t offset = row_offset(out, item) + token * out.token_stride + head * out.head_stride;
-    cpu_plan_.kernel->store_row(at(static_cast<std::byte*>(out.data), p.out_dtype, offset), static_cast<Elem>(p.out_dtype), row, scale,
-                                p.value_dim);
+    cpu_plan_.kernel->store_row(at(static_cast<std::byte*>(out.data), p.out_dtype, offset),
+                                static_cast<Elem>(p.out_dtype), row, scale, p.value_dim);
     const RowView& lse = call_.lse;
     if (lse.data == nullptr) return;
     static_cast<float*>(lse.data)[row_offset(lse, item) + token * lse.token_stride + head * lse.head_stride] =
@@ -340,7 +355,8 @@ class Decode {
     const schedule::Cuts cuts = schedule::cuts_of_item(c, item_begin, total, n);
     const auto for_each_cut = [&](auto&& fn) {
       for (int64_t k = cuts.first; k <= cuts.last; ++k) {
-        const Piece cut = schedule::piece_of_cut(c, k, piece.request, piece.item, item_begin, total, n, view_.slot_prefix()[piece.request]);
+        const Piece cut = schedule::piece_of_cut(c, k, piece.request, piece.item, item_begin, total, n,
+                                                 view_.slot_prefix()[piece.request]);
         if (cut.begin_block < cut.end_block) fn(cut);
       }
     };
@@ -365,14 +381,16 @@ class Decode {
       std::memset(w.out + static_cast<int64_t>(r) * w.out_stride, 0, sizeof(float) * dim);
     }
     for_each_cut([&](const Piece& cut) {
-      for (int32_t r = begin; r < end; ++r) w.row_max[r] = math::max_keep_nan(w.row_max[r], slot_max_or_empty(cut.slot, r));
+      for (int32_t r = begin; r < end; ++r)
+        w.row_max[r] = math::max_keep_nan(w.row_max[r], slot_max_or_empty(cut.slot, r));
     });
     for_each_cut([&](const Piece& cut) {
       for (int32_t r = begin; r < end; ++r) {
         if (slot_sum(cut.slot, r) == 0.0f) continue;
         const float weight = math::merge_weight(slot_max(cut.slot, r), w.row_max[r]);
         w.row_sum[r] += weight * slot_sum(cut.slot, r);
-        cpu_plan_.kernel->add_part(w.out + static_cast<int64_t>(r) * w.out_stride, weight, slot_row(cut.slot, r), Elem::kFp32, dim);
+        cpu_plan_.kernel->add_part(w.out + static_cast<int64_t>(r) * w.out_stride, weight, slot_row(cut.slot, r),
+                                   Elem::kFp32, dim);
       }
     });
     store_results(item, begin, end, w);
@@ -403,7 +421,8 @@ Status merge(const Context&, const MergeCall& call, void*) {
   for (int64_t token = 0; token < call.tokens; ++token) {
     for (int64_t head = 0; head < call.heads; ++head) {
       const auto lse2 = [&](int64_t part) {
-        return unit * call.lse_parts[part * call.lse_parts_stride[0] + token * call.lse_parts_stride[1] + head * call.lse_parts_stride[2]];
+        return unit * call.lse_parts[part * call.lse_parts_stride[0] + token * call.lse_parts_stride[1] +
+                                     head * call.lse_parts_stride[2]];
       };
       float max_lse2 = -INFINITY, weights = 0.0f;
       for (int64_t part = 0; part < call.parts; ++part) max_lse2 = math::max_keep_nan(max_lse2, lse2(part));
@@ -415,11 +434,14 @@ Status merge(const Context&, const MergeCall& call, void*) {
         for (int64_t part = 0; part < call.parts; ++part) {
           if (lse2(part) == -INFINITY) continue;  // saw nothing: its out is of no interest
           const float weight = math::merge_weight(lse2(part), max_lse2);
-          const int64_t offset = part * call.out_parts_stride[0] + token * call.out_parts_stride[1] + head * call.out_parts_stride[2] + column;
-          kKernel->add_part(sum, weight, at(bytes(call.out_parts), call.in_dtype, offset), static_cast<Elem>(call.in_dtype), columns);
+          const int64_t offset = part * call.out_parts_stride[0] + token * call.out_parts_stride[1] +
+                                 head * call.out_parts_stride[2] + column;
+          kKernel->add_part(sum, weight, at(bytes(call.out_parts), call.in_dtype, offset),
+                            static_cast<Elem>(call.in_dtype), columns);
         }
         const int64_t offset = token * call.out_stride[0] + head * call.out_stride[1] + column;
-        kKernel->store_row(at(static_cast<std::byte*>(call.out), call.out_dtype, offset), static_cast<Elem>(call.out_dtype), sum, scale, columns);
+        kKernel->store_row(at(static_cast<std::byte*>(call.out), call.out_dtype, offset),
+                           static_cast<Elem>(call.out_dtype), sum, scale, columns);
       }
       if (call.lse != nullptr) {
         call.lse[token * call.lse_stride[0] + head * call.lse_stride[1]] = math::merged_lse(max_lse2, weights) / unit;
@@ -440,26 +462,30 @@ std::string why_no_avx2() {
 }
 
 std::string why_no_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                 __builtin_cpu_supports("avx512vl")
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
              ? why_no_avx2()
              : "this CPU has no AVX-512 F, BW, DQ and VL";
 }
 
-std::string why_no_avx512bf16() { return __builtin_cpu_supports("avx512bf16") ? why_no_avx512() : "this CPU has no AVX512_BF16"; }
+std::string why_no_avx512bf16() {
+  return __builtin_cpu_supports("avx512bf16") ? why_no_avx512() : "this CPU has no AVX512_BF16";
+}
 #endif
 
 std::string always_available() { return ""; }
 
 template <const Kernel* kKernel>
 constexpr Backend make_backend(const char* name, std::string (*why_unavailable)()) {
-  return {name, DeviceType::kCpu, why_unavailable, why_unsupported, make_plan<kKernel>, schedule::schedule_on_host, decode, merge<kKernel>};
+  return {name,   DeviceType::kCpu, why_unavailable, why_unsupported, make_plan<kKernel>, schedule::schedule_on_host,
+          decode, merge<kKernel>};
 }
 
 }  // namespace
 
 #if defined(MLAKIT_X86)
-constinit const Backend kCpuAvx512Bf16Backend = make_backend<&cpu::kAvx512Bf16Kernel>("cpu-avx512bf16", why_no_avx512bf16);
+constinit const Backend kCpuAvx512Bf16Backend =
+    make_backend<&cpu::kAvx512Bf16Kernel>("cpu-avx512bf16", why_no_avx512bf16);
 constinit const Backend kCpuAvx512Backend = make_backend<&cpu::kAvx512Kernel>("cpu-avx512", why_no_avx512);
 constinit const Backend kCpuAvx2Backend = make_backend<&cpu::kAvx2Kernel>("cpu-avx2", why_no_avx2);
 #endif

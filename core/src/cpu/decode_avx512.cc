@@ -5,6 +5,7 @@
 
 namespace mla::cpu {
 
-extern const Kernel kAvx512Kernel = {Avx512::kLanes, Avx512::kHasBf16Pairs, attend<Avx512>, add_part<Avx512>, store_row<Avx512>};
+extern const Kernel kAvx512Kernel = {Avx512::kLanes, Avx512::kHasBf16Pairs, attend<Avx512>, add_part<Avx512>,
+                                     store_row<Avx512>};
 
 }  // namespace mla::cpu

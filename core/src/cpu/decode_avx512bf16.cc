@@ -5,6 +5,7 @@
 
 namespace mla::cpu {
 
-extern const Kernel kAvx512Bf16Kernel = {Avx512Bf16::kLanes, Avx512Bf16::kHasBf16Pairs, attend<Avx512Bf16>, add_part<Avx512Bf16>, store_row<Avx512Bf16>};
+extern const Kernel kAvx512Bf16Kernel = {Avx512Bf16::kLanes, Avx512Bf16::kHasBf16Pairs, attend<Avx512Bf16>,
+                                         add_part<Avx512Bf16>, store_row<Avx512Bf16>};
 
 }  // namespace mla::cpu

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cpu/kernel.h"
+#include "shard.h"
 
 namespace mla::cpu {
 namespace {
@@ -25,7 +26,9 @@ constexpr int32_t min_int(int64_t a, int64_t b) { return static_cast<int32_t>(a 
 constexpr int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
 constexpr int elem_bytes(Elem e) { return e == Elem::kFp32 ? 4 : 2; }
 
-inline const char* element(const void* base, Elem e, int64_t index) { return static_cast<const char*>(base) + index * elem_bytes(e); }
+inline const char* element(const void* base, Elem e, int64_t index) {
+  return static_cast<const char*>(base) + index * elem_bytes(e);
+}
 
 // step(): keys between two looks at the running maximum. A longer step reads and writes out less often, a shorter one leaves more of the
 // first-level cache to the strips of values.
@@ -65,9 +68,12 @@ void load_row(float* dst, const char* src, Elem e, int32_t n) {
 
 template <class S>
 void store_elems(char* p, Elem e, typename S::V v) {
-  if (e == Elem::kFp32) S::store(p, v);
-  else if (e == Elem::kBf16) S::store_bf16(p, v);
-  else S::store_fp16(p, v);
+  if (e == Elem::kFp32)
+    S::store(p, v);
+  else if (e == Elem::kBf16)
+    S::store_bf16(p, v);
+  else
+    S::store_fp16(p, v);
 }
 
 template <class S>
@@ -75,7 +81,8 @@ void store_row(void* out, Elem e, const float* row, float scale, int64_t n) {
   char* dst = static_cast<char*>(out);
   const typename S::V vscale = S::set1(scale);
   int64_t i = 0;
-  for (; i + S::kLanes <= n; i += S::kLanes) store_elems<S>(dst + i * elem_bytes(e), e, S::mul(S::load(row + i), vscale));
+  for (; i + S::kLanes <= n; i += S::kLanes)
+    store_elems<S>(dst + i * elem_bytes(e), e, S::mul(S::load(row + i), vscale));
   if (i < n) {
     alignas(64) float in[S::kLanes] = {};
     alignas(64) char tail[S::kLanes * 4];
@@ -126,7 +133,7 @@ struct ScoreArgs {
   const Ahead* ahead;   // null: nothing to fetch
   const uint32_t* q;    // [words][NV vectors]
   float scale;
-  float* scores;        // [kTileA][NV vectors], of the tile's first key
+  float* scores;  // [kTileA][NV vectors], of the tile's first key
 };
 
 // scores[t][lane] = scale * sum over words of K[t][word] * Q[word][lane], for kTileA keys and NV vectors of rows.
@@ -149,7 +156,8 @@ template <class S, class M, int NV>
     for (int64_t k = 0, line = 0; k < words; ++line) {
       if (line < lines) {
 #pragma GCC unroll 8
-        for (int t = 0; t < S::kTileA; ++t) __builtin_prefetch(a.ahead->row[view][min_int(a.first + t, kMaxStep - 1)] + line * kLineBytes, 0, 2);
+        for (int t = 0; t < S::kTileA; ++t)
+          __builtin_prefetch(a.ahead->row[view][min_int(a.first + t, kMaxStep - 1)] + line * kLineBytes, 0, 2);
       }
       for (const int64_t end = k + kLineWords < words ? k + kLineWords : words; k < end; ++k) {
         V b[NV];
@@ -178,16 +186,16 @@ enum class Before { kNothing, kKeep, kRescale };
 struct ValueArgs {
   const uint32_t* weights;  // [steps][weights_stride], at the tile's first row
   int64_t weights_stride;
-  int32_t steps;            // words of the summed dimension
-  const uint32_t* values;   // [steps][values_stride], at the tile's first column
+  int32_t steps;           // words of the summed dimension
+  const uint32_t* values;  // [steps][values_stride], at the tile's first column
   int64_t values_stride;
-  float* out;               // at the tile's first row and column
+  float* out;  // at the tile's first row and column
   int64_t out_stride;
-  const float* rescale;     // of the tile's first row
+  const float* rescale;  // of the tile's first row
   Before before;
   // Pack::kNext: the columns of the strip after this one, from the key rows, become words [steps][kStripVectors vectors] at packed.
   const char* const* rows;
-  int64_t packed_byte;      // of the first column in a row
+  int64_t packed_byte;  // of the first column in a row
   uint32_t* packed;
 };
 
@@ -266,7 +274,8 @@ enum class Mask { kNone, kRowLimits };
 // Scores [n][scores_stride] of one vector of rows to weights [n words][weights_stride]; moves the rows' maximum and sum. Returns whether a
 // maximum moved: out must then be multiplied by rescale.
 template <class S, class M>
-bool softmax_vector(const LaneScratch& w, float* scores, int32_t n, int32_t stride, int32_t weights_stride, int32_t first_lane, Mask mask) {
+bool softmax_vector(const LaneScratch& w, float* scores, int32_t n, int32_t stride, int32_t weights_stride,
+                    int32_t first_lane, Mask mask) {
   using V = typename S::V;
   uint32_t* weights = w.weights + first_lane;
   const V old_max = S::load(w.row_max + first_lane);
@@ -322,10 +331,13 @@ inline void transpose_4_rows(uint32_t* dst, int64_t stride, const uint32_t* src,
   for (; k + 4 <= words; k += 4) {
     Quad r[4];
     for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], src + i * src_stride + k, 16);
-    const Quad ab0 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), ab1 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-    const Quad cd0 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), cd1 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-    const Quad columns[4] = {__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
-                             __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5), __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7)};
+    const Quad ab0 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5),
+               ab1 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+    const Quad cd0 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5),
+               cd1 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    const Quad columns[4] = {
+        __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
+        __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5), __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7)};
     for (int i = 0; i < 4; ++i) __builtin_memcpy(dst + (k + i) * stride, &columns[i], 16);
   }
   for (; k < words; ++k)
@@ -338,7 +350,9 @@ void load_q_row(const AttendArgs& a, int64_t r, uint32_t* words) {
   const int64_t token = (a.first_row + r) / a.heads, head = (a.first_row + r) % a.heads;
   const int32_t rope_columns = a.head_dim - a.q_columns;
   const char* q = element(a.q.data, a.q_elem, token * a.q.token_stride + head * a.q.head_stride);
-  const char* rope = rope_columns == 0 ? nullptr : element(a.q_rope.data, a.q_elem, token * a.q_rope.token_stride + head * a.q_rope.head_stride);
+  const char* rope =
+      rope_columns == 0 ? nullptr
+                        : element(a.q_rope.data, a.q_elem, token * a.q_rope.token_stride + head * a.q_rope.head_stride);
   if constexpr (M::kPair == 2) {
     __builtin_memcpy(words, q, static_cast<uint64_t>(a.q_columns) * 2);
     if (rope) __builtin_memcpy(words + a.q_columns / 2, rope, static_cast<uint64_t>(rope_columns) * 2);
@@ -358,11 +372,14 @@ void pack_q(const AttendArgs& a, const LaneScratch& w, int32_t padded_rows) {
   for (int32_t r = 0; r < padded_rows; r += 4) {
     for (int32_t i = 0; i < 4; ++i) {
       uint32_t* row = w.rows + i * w.row_stride;
-      if (r + i < a.rows) load_q_row<S, M>(a, r + i, row);
-      else __builtin_memset(row, 0, static_cast<uint64_t>(words) * 4);
+      if (r + i < a.rows)
+        load_q_row<S, M>(a, r + i, row);
+      else
+        __builtin_memset(row, 0, static_cast<uint64_t>(words) * 4);
     }
     const int32_t strip = r / kStripLanes * kStripLanes;
-    transpose_4_rows(w.q + static_cast<int64_t>(strip) * words + (r - strip), min_int(kStripLanes, padded_rows - strip), w.rows, w.row_stride, words);
+    transpose_4_rows(w.q + static_cast<int64_t>(strip) * words + (r - strip), min_int(kStripLanes, padded_rows - strip),
+                     w.rows, w.row_stride, words);
   }
 }
 
@@ -373,7 +390,8 @@ inline void find_keys(const AttendArgs& a, int64_t first_token, int32_t n, const
   for (int32_t t = 0; t < n; ++t) {
     const int64_t id = a.table[page];
     row[0][t] = element(a.kv.data, a.kv_elem, id * a.kv.page_stride + in_page * a.kv.token_stride);
-    if (has_rope) row[1][t] = element(a.kv_rope.data, a.kv_elem, id * a.kv_rope.page_stride + in_page * a.kv_rope.token_stride);
+    if (has_rope)
+      row[1][t] = element(a.kv_rope.data, a.kv_elem, id * a.kv_rope.page_stride + in_page * a.kv_rope.token_stride);
     if (++in_page == a.page_size) {
       in_page = 0;
       ++page;
@@ -398,7 +416,8 @@ inline void look_ahead(const AttendArgs& a, int64_t first_token, int64_t n, Ahea
 inline void fetch_now(const Ahead& ahead, int64_t n) {
   for (int view = 0; view < 2; ++view) {
     for (int32_t t = 0; ahead.lines[view] > 0 && t < n; ++t) {
-      for (int32_t line = 0; line < ahead.lines[view]; ++line) __builtin_prefetch(ahead.row[view][t] + line * kLineBytes, 0, 2);
+      for (int32_t line = 0; line < ahead.lines[view]; ++line)
+        __builtin_prefetch(ahead.row[view][t] + line * kLineBytes, 0, 2);
     }
   }
 }
@@ -419,8 +438,8 @@ void convert_keys(const AttendArgs& a, const LaneScratch& w, int32_t first, int3
 template <class S>
 void pack_strip(const AttendArgs& a, const Keys& keys, int32_t steps, int32_t first_column, uint32_t* packed) {
   for (int32_t k = 0; k < steps; ++k) {
-    S::interleave(keys.row[0][2 * k] + first_column * 2, keys.row[0][2 * k + 1] + first_column * 2, a.value_dim - first_column,
-                  packed + k * kStripVectors * S::kLanes);
+    S::interleave(keys.row[0][2 * k] + first_column * 2, keys.row[0][2 * k + 1] + first_column * 2,
+                  a.value_dim - first_column, packed + k * kStripVectors * S::kLanes);
   }
 }
 
@@ -428,9 +447,7 @@ void pack_strip(const AttendArgs& a, const Keys& keys, int32_t steps, int32_t fi
 
 // Causal: keys of the request's cache here that query token t sees; 0 or less: none.
 inline int64_t visible_keys(const AttendArgs& a, int64_t token) {
-  const int64_t global = a.visible0 + token;
-  if (a.cp_world == 1) return global;
-  return global <= a.cp_rank ? 0 : (global - a.cp_rank + a.cp_world - 1) / a.cp_world;
+  return shard_tokens(a.visible0 + token, a.cp_world, a.cp_rank, a.cp_turn);
 }
 
 // limit[r] = keys of the step from first_token on that row r sees.
@@ -448,7 +465,8 @@ inline void set_limits(const AttendArgs& a, const LaneScratch& w, int64_t first_
 
 // Scores and softmax of n keys, strip of rows by strip of rows, so that the scores stay in the nearest cache. Returns whether a maximum moved.
 template <class S, class M>
-bool weigh_keys(const AttendArgs& a, const LaneScratch& w, Keys& keys, int32_t n, const Ahead& ahead, int32_t padded_rows, Mask mask) {
+bool weigh_keys(const AttendArgs& a, const LaneScratch& w, Keys& keys, int32_t n, const Ahead& ahead,
+                int32_t padded_rows, Mask mask) {
   const int32_t vectors = padded_rows / S::kLanes;
   bool moved = false;
   ScoreArgs tile{};
@@ -465,12 +483,15 @@ bool weigh_keys(const AttendArgs& a, const LaneScratch& w, Keys& keys, int32_t n
       }
       tile.first = t;
       tile.scores = w.scores + t * strip_lanes;
-      if (strip_vectors == kStripVectors) score_tile<S, M, kStripVectors>(tile);
-      else score_tile<S, M, 1>(tile);
+      if (strip_vectors == kStripVectors)
+        score_tile<S, M, kStripVectors>(tile);
+      else
+        score_tile<S, M, 1>(tile);
     }
     tile.q += static_cast<int64_t>(strip_lanes) * (keys.words[0] + keys.words[1]);
     for (int32_t i = 0; i < strip_vectors; ++i) {
-      moved |= softmax_vector<S, M>(w, w.scores + i * S::kLanes, n, strip_lanes, padded_rows, (v + i) * S::kLanes, mask);
+      moved |=
+          softmax_vector<S, M>(w, w.scores + i * S::kLanes, n, strip_lanes, padded_rows, (v + i) * S::kLanes, mask);
     }
   }
   return moved;
@@ -479,7 +500,8 @@ bool weigh_keys(const AttendArgs& a, const LaneScratch& w, Keys& keys, int32_t n
 // out += weights * values, strip of columns by strip of columns. Pairs are packed a strip ahead, within the product of the first rows: the
 // multiplier is the busy unit there, and loads, shuffles and stores are to be had for nothing.
 template <class S, class M>
-void add_values(const AttendArgs& a, const LaneScratch& w, const Keys& keys, int32_t n, int32_t padded_rows, Before before) {
+void add_values(const AttendArgs& a, const LaneScratch& w, const Keys& keys, int32_t n, int32_t padded_rows,
+                Before before) {
   constexpr int32_t kStripLanes = kStripVectors * S::kLanes;
   ValueArgs tile{};
   tile.weights_stride = padded_rows;
@@ -506,9 +528,12 @@ void add_values(const AttendArgs& a, const LaneScratch& w, const Keys& keys, int
       tile.out = w.out + static_cast<int64_t>(r) * w.out_stride + c;
       tile.rescale = w.rescale + r;
       const int rows = min_int(S::kTileA, a.rows - r);
-      if (is_narrow) value_tile_of<S, M, 1, Pack::kNone>(rows, tile);
-      else if (packs_next && r == 0) value_tile_of<S, M, kStripVectors, M::kPair == 2 ? Pack::kNext : Pack::kNone>(rows, tile);
-      else value_tile_of<S, M, kStripVectors, Pack::kNone>(rows, tile);
+      if (is_narrow)
+        value_tile_of<S, M, 1, Pack::kNone>(rows, tile);
+      else if (packs_next && r == 0)
+        value_tile_of<S, M, kStripVectors, M::kPair == 2 ? Pack::kNext : Pack::kNone>(rows, tile);
+      else
+        value_tile_of<S, M, kStripVectors, Pack::kNone>(rows, tile);
     }
     if constexpr (M::kPair == 2) {
       if (!packs_next && c + kStripLanes < a.value_dim) pack_strip<S>(a, keys, tile.steps, c + kStripLanes, packed[1]);
@@ -539,7 +564,8 @@ void attend_in(const AttendArgs& a, const LaneScratch& w) {
   fetch_now(ahead, n_ahead);
   if (!a.is_q_packed) {
     pack_q<S, M>(a, w, padded_rows);
-    __builtin_memset(w.rows, 0, static_cast<uint64_t>(w.row_stride) * 4);  // the partner of the last key of an odd number
+    __builtin_memset(w.rows, 0,
+                     static_cast<uint64_t>(w.row_stride) * 4);  // the partner of the last key of an odd number
   }
   Keys keys;
   Before before = Before::kNothing;

@@ -5,6 +5,7 @@
 
 namespace mla::cpu {
 
-extern const Kernel kScalarKernel = {Scalar::kLanes, Scalar::kHasBf16Pairs, attend<Scalar>, add_part<Scalar>, store_row<Scalar>};
+extern const Kernel kScalarKernel = {Scalar::kLanes, Scalar::kHasBf16Pairs, attend<Scalar>, add_part<Scalar>,
+                                     store_row<Scalar>};
 
 }  // namespace mla::cpu

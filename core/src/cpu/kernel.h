@@ -16,7 +16,7 @@ enum class Math : int32_t { kFp32 = 0, kBf16Pairs = 1 };
 
 inline constexpr int32_t kBlockTokens = 64;  // unit of the schedule
 inline constexpr int32_t kMaxStep = 128;     // keys of one step of the online softmax, at most
-inline constexpr int32_t kMaxTile = 8;        // keys or rows of a tile of the products, at most
+inline constexpr int32_t kMaxTile = 8;       // keys or rows of a tile of the products, at most
 
 // Rows of one request and one kv head: row r is query token r / heads, head r % heads of the group. Strides in elements.
 struct Rows {
@@ -38,21 +38,22 @@ struct AttendArgs {
   Math math;
   Elem q_elem, kv_elem;
   int32_t head_dim, value_dim;
-  int32_t heads;         // query heads of the group
-  int64_t first_row;     // row 0 of this call among the request's rows
+  int32_t heads;      // query heads of the group
+  int64_t first_row;  // row 0 of this call among the request's rows
   int32_t rows;
-  int32_t q_columns;     // columns of q; the other head_dim - q_columns are in q_rope
-  int32_t kv_columns;    // columns of kv; the other head_dim - kv_columns are in kv_rope
+  int32_t q_columns;   // columns of q; the other head_dim - q_columns are in q_rope
+  int32_t kv_columns;  // columns of kv; the other head_dim - kv_columns are in kv_rope
   Rows q, q_rope;
   Cache kv, kv_rope;
   const int32_t* table;  // the request's page ids
   int32_t page_size;
   int64_t begin_token, end_token;
   bool is_causal;
-  int64_t visible0;      // causal: keys that query token 0 sees on all ranks together; token t sees t more. May be negative.
-  int32_t cp_world, cp_rank;  // key j is key j * cp_world + cp_rank of the request
+  int64_t
+      visible0;  // causal: keys that query token 0 sees on all ranks together; token t sees t more. May be negative.
+  int32_t cp_world, cp_rank, cp_turn;  // see shard.h
   float scale_log2e;
-  bool is_q_packed;      // LaneScratch::q and ::rows are as an earlier call with the same rows left them
+  bool is_q_packed;  // LaneScratch::q and ::rows are as an earlier call with the same rows left them
 };
 
 // What one running task works in. Sizes are set by lane_scratch() in cpu_backend.cc.
@@ -60,10 +61,11 @@ struct LaneScratch {
   uint32_t* q;        // words [strip of rows][head_dim words][lanes of the strip]
   float* scores;      // [kMaxStep][lanes of a strip]
   uint32_t* weights;  // [kMaxStep words][padded rows]
-  uint32_t* values;   // fp32: the step's rows [kBlockTokens][row_stride]; bf16: two strips of columns [kMaxStep / 2][lanes of a strip]
-  uint32_t* rows;     // [4][row_stride]: rows of q on their way; then the first is zeros
-  float* out;         // [padded rows][out_stride]
-  float* row_max;     // [padded rows] each
+  uint32_t*
+      values;  // fp32: the step's rows [kBlockTokens][row_stride]; bf16: two strips of columns [kMaxStep / 2][lanes of a strip]
+  uint32_t* rows;  // [4][row_stride]: rows of q on their way; then the first is zeros
+  float* out;      // [padded rows][out_stride]
+  float* row_max;  // [padded rows] each
   float* row_sum;
   float* rescale;
   int32_t* limit;

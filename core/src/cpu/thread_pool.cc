@@ -93,7 +93,8 @@ struct ThreadPool::Crew {
     release();
     f(context, 0);
     for (int32_t i = helpers + 1; i < count; ++i) f(context, i);
-    for (int32_t left = running.load(std::memory_order_acquire); left != 0; left = running.load(std::memory_order_acquire)) {
+    for (int32_t left = running.load(std::memory_order_acquire); left != 0;
+         left = running.load(std::memory_order_acquire)) {
       wait_while(running, left);
     }
   }

@@ -19,14 +19,18 @@ struct Avx512Bf16 : Avx512 {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(pair_order(), halves));
   }
   // 32 bf16 columns of two rows as words (a[i], b[i]).
-  static void interleave(const void* a, const void* b, uint32_t* words) { store_words(_mm512_loadu_si512(a), _mm512_loadu_si512(b), words); }
+  static void interleave(const void* a, const void* b, uint32_t* words) {
+    store_words(_mm512_loadu_si512(a), _mm512_loadu_si512(b), words);
+  }
   // The first n of them, the others 0.
   static void interleave(const void* a, const void* b, int n, uint32_t* words) {
     const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
     store_words(_mm512_maskz_loadu_epi16(mask, a), _mm512_maskz_loadu_epi16(mask, b), words);
   }
 
-  static void store_bf16(void* p, V v) { _mm256_storeu_si256(static_cast<__m256i_u*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v))); }
+  static void store_bf16(void* p, V v) {
+    _mm256_storeu_si256(static_cast<__m256i_u*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
 
  private:
   static void store_words(__m512i a, __m512i b, uint32_t* words) {

@@ -79,7 +79,8 @@ struct Scalar {
       const float x = v[i];
       uint32_t u;
       std::memcpy(&u, &x, sizeof u);
-      h[i] = x != x ? static_cast<uint16_t>((u >> 16) | 0x40) : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+      h[i] = x != x ? static_cast<uint16_t>((u >> 16) | 0x40)
+                    : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
     }
     std::memcpy(p, h, sizeof h);
   }
