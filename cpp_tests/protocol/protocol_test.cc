@@ -137,7 +137,7 @@ class Cta {
       }
       if (pieces[i].key_slots > 0) arrive(r, Barrier::kPFull, p++);
       wait_empty(r, Barrier::kScaleEmpty, static_cast<int>(i));
-      arrive(r, Barrier::kScaleFull, static_cast<int>(i));
+      for (int k = 0; k < sm90::kScaleWriters / sm90::kScoreWarps; ++k) arrive(r, Barrier::kScaleFull, static_cast<int>(i));
       arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
     }
     roles_.push_back(std::move(r));

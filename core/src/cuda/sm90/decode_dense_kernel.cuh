@@ -267,8 +267,8 @@ struct Scores {
         ctx.control->scale[row] = finish_row(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, lse_log2, sum);
       }
     }
+    if (ctx.lane % 4 == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);
     __syncwarp();
-    if (ctx.lane == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);
   }
 
   __device__ __forceinline__ void run_all(int tile) {

@@ -7,6 +7,7 @@ namespace mla::cuda::sm90 {
 
 inline constexpr int kOutputWarps = 8;  // of both output warpgroups
 inline constexpr int kScoreWarps = 4;
+inline constexpr int kScaleWriters = 8 * kScoreWarps;  // one thread of four holds a row's sum
 inline constexpr int kWorkStages = 4;
 inline constexpr int kPStages = 4;
 inline constexpr int kMaxRingSlots = 6;
@@ -30,7 +31,7 @@ inline constexpr BarrierSpec kBarriers[] = {
      "loader"},
     {Barrier::kPFull, "p_full", kPStages, kScoreWarps, false, "each score warp", "outputs"},
     {Barrier::kPEmpty, "p_empty", kPStages, kOutputWarps, true, "each output warp", "scores"},
-    {Barrier::kScaleFull, "scale_full", 1, kScoreWarps, false, "each score warp", "outputs"},
+    {Barrier::kScaleFull, "scale_full", 1, kScaleWriters, false, "each score thread that wrote scales", "outputs"},
     {Barrier::kScaleEmpty, "scale_empty", 1, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kWorkFull, "work_full", kWorkStages, 1, false, "planner", "loader, scores, outputs"},
     {Barrier::kWorkEmpty, "work_empty", kWorkStages, 1 + kScoreWarps + kOutputWarps, true, "loader, each score warp, each output warp",
