@@ -69,7 +69,7 @@ class Problem(ctypes.Structure):
         *[(name, c_int32) for name in ("q_heads", "kv_heads", "head_dim", "value_dim", "page_size")],
         *[(name, c_int32) for name in ("split_policy", "chunk_tokens", "topk", "cp_world", "cp_rank")],
         ("softmax_scale", c_float),
-        ("reserved", c_uint32),
+        ("cp_turn", c_int32),
     ]
 
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "shard.h"
 
 namespace mla {
 
@@ -35,7 +36,7 @@ struct Problem {
   SplitPolicy split_policy;
   int32_t chunk_tokens;  // fixed_chunk only, else 0
   int32_t topk;
-  int32_t cp_world, cp_rank;
+  int32_t cp_world, cp_rank, cp_turn;
   float softmax_scale;
   bool is_causal, is_ragged, is_lse_base2, has_tree_mask, has_extra_segment, is_debug;
 
@@ -44,8 +45,8 @@ struct Problem {
   MLA_HD constexpr int64_t rows(int64_t q_tokens) const { return q_tokens * heads_per_kv_head(); }
   MLA_HD constexpr int32_t rope_dim() const { return head_dim - value_dim; }
   MLA_HD constexpr int64_t max_pages() const { return ceil_div(max_len, page_size); }
-  // This rank's keys among the first n of a request: its key j is key j * cp_world + cp_rank of the request.
-  MLA_HD constexpr int64_t local_tokens(int64_t n) const { return n <= cp_rank ? 0 : ceil_div(n - cp_rank, cp_world); }
+  // This rank's keys among the first n of a request.
+  MLA_HD constexpr int64_t local_tokens(int64_t n) const { return shard_tokens(n, cp_world, cp_rank, cp_turn); }
   // Only a causal shard has to know how long its requests are on all ranks together.
   MLA_HD constexpr bool needs_global_len() const { return is_causal && cp_world > 1; }
   // Keys of this rank that query token t of q_tokens may see, of a request with len_tokens keys here and global_tokens on all ranks

@@ -38,6 +38,7 @@ constexpr NumberField kAlways[] = {
 };
 constexpr NumberField kMaxQTokens = {"t", &mla_problem::max_q_tokens, nullptr};
 constexpr NumberField kMaxTokens = {"m", &mla_problem::max_tokens, nullptr};
+constexpr NumberField kCpTurn = {"turn", nullptr, &mla_problem::cp_turn};
 constexpr NumberField kTopk = {"top", nullptr, &mla_problem::topk};
 
 struct Word {
@@ -112,6 +113,7 @@ enum class Key : uint32_t {
   kChunk = 19,
   kTop,
   kCp,
+  kTurn,
   kScale,
   kCuda,
   kUnknown
@@ -162,7 +164,7 @@ Key parse_part(std::string_view part, mla_problem& p) {
   const struct {
     const NumberField& field;
     Key key;
-  } optional[] = {{kTopk, Key::kTop}, {kMaxQTokens, Key::kMaxQ}, {kMaxTokens, Key::kMaxTok}};
+  } optional[] = {{kTopk, Key::kTop}, {kCpTurn, Key::kTurn}, {kMaxQTokens, Key::kMaxQ}, {kMaxTokens, Key::kMaxTok}};
   for (const auto& [field, key] : optional) {
     if (rest = part; takes_prefix(rest, field.prefix) && parse_number(rest, number))
       return field.set(p, number) ? key : Key::kUnknown;
@@ -218,6 +220,7 @@ Status format_problem(const mla_problem& p, std::string& text) {
     add("chunk", std::to_string(p.chunk_tokens != 0 ? p.chunk_tokens : kDefaultChunkTokens));
   if (p.topk > 0) add_number(kTopk);
   if (p.cp_world > 1) add("cp", std::to_string(p.cp_rank) + "of" + std::to_string(p.cp_world));
+  if (p.cp_turn > 1) add_number(kCpTurn);
   if (p.softmax_scale != 0 && p.softmax_scale != default_softmax_scale(p.head_dim))
     add("scale", float_text(p.softmax_scale));
   if (p.device_type == MLA_DEVICE_CUDA) add("cuda", std::to_string(p.device_id));

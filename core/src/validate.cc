@@ -102,11 +102,11 @@ Status check_problem_policy(const mla_problem& in) {
   const int32_t cp_world = std::max(in.cp_world, 1);
   if (in.cp_world < 0) return invalid("problem.cp_world: must be at least 1 (or 0 for 1), got %d", in.cp_world);
   MLA_RETURN_IF_ERROR(check_range("problem.cp_rank", in.cp_rank, 0, cp_world - 1));
+  MLA_RETURN_IF_ERROR(check_range("problem.cp_turn (0: 1)", in.cp_turn, 0, kMaxLen));
   if (!std::isfinite(in.softmax_scale) || in.softmax_scale < 0) {
     return invalid("problem.softmax_scale: must be 0 (then head_dim ** -0.5) or positive and finite, got %g",
                    static_cast<double>(in.softmax_scale));
   }
-  if (in.reserved != 0) return invalid("problem.reserved: must be 0, got %u", in.reserved);
   return Status::ok();
 }
 
@@ -211,6 +211,7 @@ Status make_problem(const mla_problem& in, Problem& out) {
   out.topk = in.topk;
   out.cp_world = std::max(in.cp_world, 1);
   out.cp_rank = in.cp_rank;
+  out.cp_turn = std::max(in.cp_turn, 1);
   out.softmax_scale = in.softmax_scale != 0 ? in.softmax_scale : default_softmax_scale(in.head_dim);
   out.is_causal = (in.flags & MLA_PROBLEM_CAUSAL) != 0;
   out.is_ragged = (in.flags & MLA_PROBLEM_RAGGED_Q) != 0;

@@ -54,7 +54,7 @@ OFFSET(mla_problem, topk, 100);
 OFFSET(mla_problem, cp_world, 104);
 OFFSET(mla_problem, cp_rank, 108);
 OFFSET(mla_problem, softmax_scale, 112);
-OFFSET(mla_problem, reserved, 116);
+OFFSET(mla_problem, cp_turn, 116);
 
 SIZE(mla_backend_info, 32);
 OFFSET(mla_backend_info, struct_size, 0);

@@ -26,7 +26,7 @@ mla_problem parse(const std::string& text) {
 TEST_CASE("each part of the string sets its field") {
   const mla_problem p = parse(
       "sparse:fp16:b128:q2:h64:k4:d320:v256:p16:l1000:t200:m5000:kve4m3:outfp32:fp8656:causal:ragged:lse2:tree:extra:"
-      "debug:chunk128:top64:cp1of4:"
+      "debug:chunk128:top64:cp1of4:turn16:"
       "scale0.5:cuda3");
   CHECK(p.struct_size == sizeof(mla_problem));
   CHECK(p.q_dtype == MLA_DTYPE_FP16);
@@ -49,12 +49,13 @@ TEST_CASE("each part of the string sets its field") {
   CHECK(p.topk == 64);
   CHECK(p.cp_rank == 1);
   CHECK(p.cp_world == 4);
+  CHECK(p.cp_turn == 16);
   CHECK(p.softmax_scale == 0.5f);
   CHECK(p.device_type == MLA_DEVICE_CUDA);
   CHECK(p.device_id == 3);
   CHECK(format(p) ==
         "sparse:fp16:b128:q2:h64:k4:d320:v256:p16:l1000:t200:m5000:kve4m3:outfp32:fp8656:causal:ragged:lse2:tree:extra:"
-        "debug:chunk128:top64:cp1of4:"
+        "debug:chunk128:top64:cp1of4:turn16:"
         "scale0.5:cuda3");
 }
 
@@ -99,6 +100,7 @@ TEST_CASE("a random problem comes back from its string, and the string from the 
     p.topk = pick32(0, 2048);
     p.cp_world = pick32(1, 8);
     p.cp_rank = p.cp_world > 1 ? pick32(0, 7) : 0;
+    p.cp_turn = pick32(0, 2, 64);
     p.softmax_scale = pick(0, 1) != 0 ? static_cast<float>(rng() % 100000 + 1) / 77777.0f : 0.0f;
     if (pick(0, 1) != 0) p.device_type = MLA_DEVICE_CUDA, p.device_id = pick32(0, 5);
     const std::string text = format(p);

@@ -89,7 +89,7 @@ TEST_CASE("bad problems are refused") {
        [](P& p) { p.softmax_scale = -1; }},
       {"problem.softmax_scale: must be 0 (then head_dim ** -0.5) or positive and finite, got inf",
        [](P& p) { p.softmax_scale = INFINITY; }},
-      {"problem.reserved: must be 0, got 1", [](P& p) { p.reserved = 1; }},
+      {"problem.cp_turn (0: 1): must be from 0 to 268435456, got -1", [](P& p) { p.cp_turn = -1; }},
       {"problem.kv_format: no backend takes FP8 caches, use MLA_KV_PLAIN with bf16, fp16 or fp32, got kv_format 2, "
        "kv_dtype 0",
        [](P& p) { p.kv_format = MLA_KV_FP8_656; }, MLA_UNSUPPORTED},

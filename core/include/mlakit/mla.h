@@ -180,9 +180,9 @@ typedef struct mla_problem {
   int32_t chunk_tokens;  /* MLA_SPLIT_FIXED_CHUNK: a multiple of 64; 0: 2048 */
   int32_t topk;          /* > 0: each query token attends to a list of this many indices (no backend yet) */
   int32_t cp_world;      /* context parallel: ranks that share the keys of each request, default 1 (more: CPU backends only) */
-  int32_t cp_rank;       /* this rank: its key j is key j * cp_world + cp_rank of the request. Lengths and tables are its own. */
+  int32_t cp_rank;       /* this rank. Lengths and tables are those of its own keys. */
   float softmax_scale;   /* > 0; 0: head_dim ** -0.5, as FlashMLA's default. Engines with absorbed weights pass their own. */
-  uint32_t reserved;     /* 0 */
+  int32_t cp_turn;       /* keys that a rank takes at a time, 0: 1. Key j of a request is with rank j / cp_turn % cp_world. */
 } mla_problem;
 
 /* Zeroes *problem, sets struct_size and the defaults named above. q_heads and max_len stay 0 and must be set. This function and
@@ -195,7 +195,7 @@ MLA_API mla_status mla_problem_init(mla_problem* problem);
  *
  * kind, q dtype, then in this order b max_batch, q q_len, h q_heads, k kv_heads, d head_dim, v value_dim, p page_size, l max_len,
  * and where they differ from the default: t max_q_tokens, m max_tokens, kv<dtype>, out<dtype>, fp8tensor|fp8656|fp8584, causal,
- * ragged, lse2, tree, extra, debug, chunk<tokens>, top<k>, cp<rank>of<world>, scale<float>, cuda<ordinal>.
+ * ragged, lse2, tree, extra, debug, chunk<tokens>, top<k>, cp<rank>of<world>, turn<keys>, scale<float>, cuda<ordinal>.
  * format writes at most size bytes with a final NUL; *needed (may be NULL) gets the bytes for the whole string and its NUL, and
  * buffer may be NULL when size is 0. A buffer that is too small is MLA_INVALID_ARGUMENT. parse starts from mla_problem_init,
  * takes the parts after the dtype in any order, and leaves what is not named at its default. */

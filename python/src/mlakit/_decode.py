@@ -33,6 +33,7 @@ def mla_decode(
     chunk_tokens: int = 0,
     cp_world: int = 1,
     cp_rank: int = 0,
+    cp_turn: int = 0,
     global_seqlens: Any = None,
     context: Context | None = None,
     stream: int | None = None,
@@ -65,8 +66,8 @@ def mla_decode(
         lse_base: "e" or "2".
         split: "balanced" is fastest; with "fixed_chunk" the bits of a row depend on its own request only.
         chunk_tokens: fixed_chunk: tokens between cuts, a multiple of 64; 0: 2048.
-        cp_world, cp_rank: context parallel: this rank holds every cp_world-th key of each request, from key cp_rank on;
-            cache_seqlens and block_table are its own. merge_states of all ranks' results is attention over all keys.
+        cp_world, cp_rank, cp_turn: context parallel: the ranks take the keys of each request in turns of cp_turn (0: 1), rank 0
+            first; cache_seqlens and block_table are this rank's. merge_states of all ranks' results is attention over all keys.
         global_seqlens: int32 [batch], for causal with cp_world > 1: cached tokens of each request on all ranks together.
         context: a backend or thread count other than the default.
         stream: CUDA: a cudaStream_t as an int; None: the current stream of q's framework.
@@ -120,6 +121,7 @@ def mla_decode(
         chunk_tokens,
         cp_world,
         cp_rank,
+        cp_turn,
     )
     if out is None:
         out = framework.empty(q, (*q_shape[:-1], value_dim), _DTYPE_NAMES[q_dtype])
@@ -165,6 +167,7 @@ def _cached_plan(
     chunk_tokens: int,
     cp_world: int,
     cp_rank: int,
+    cp_turn: int,
 ) -> Plan:
     for name, number in (("q", q_dtype), ("kv_cache", kv_dtype), ("out", out_dtype)):
         if number not in _DTYPE_NAMES:
@@ -195,6 +198,7 @@ def _cached_plan(
         chunk_tokens=chunk_tokens,
         cp_world=cp_world,
         cp_rank=cp_rank,
+        cp_turn=cp_turn,
     )
     return Plan(problem, context)
 

@@ -18,7 +18,7 @@ _FLAG_BITS = _ext.flags()
 # Fields that mla_problem has under the same name, as plain numbers.
 _NUMBERS = (
     *("max_batch", "q_len", "max_q_tokens", "max_len", "max_tokens", "q_heads", "kv_heads", "head_dim", "value_dim"),
-    *("page_size", "chunk_tokens", "topk", "cp_world", "cp_rank"),
+    *("page_size", "chunk_tokens", "topk", "cp_world", "cp_rank", "cp_turn"),
 )
 _FLAGS = ("causal", "ragged_q", "tree_mask", "extra_segment", "debug")
 
@@ -75,6 +75,8 @@ class Problem:
     topk: int = 0
     cp_world: int = 1
     cp_rank: int = 0
+    cp_turn: int = 0
+    """Keys that a rank takes at a time; 0: 1."""
     tree_mask: bool = False
     extra_segment: bool = False
     debug: bool = False

@@ -20,7 +20,7 @@ _LIBRARY = _torch_library.Library("mlakit", "DEF")
 _INPUTS = """
     Tensor q, Tensor? q_rope, Tensor kv_cache, Tensor? kv_rope, Tensor block_table, Tensor cache_seqlens, Tensor? cu_seqlens_q,
     Tensor? sink, Tensor? global_seqlens, int value_dim, bool causal, float? softmax_scale, str lse_base, str split,
-    int chunk_tokens, int cp_world, int cp_rank
+    int chunk_tokens, int cp_world, int cp_rank, int cp_turn
 """
 _STRIDES_MATTER = (torch.Tag.needs_fixed_stride_order,)
 
@@ -49,12 +49,13 @@ def mla_decode(
     chunk_tokens: int = 0,
     cp_world: int = 1,
     cp_rank: int = 0,
+    cp_turn: int = 0,
     global_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mlakit.mla_decode` as an operator that torch.compile does not look into."""
     cache, rope = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
     inputs = (q, q_rope, cache, rope, block_table, cache_seqlens, cu_seqlens_q, sink, global_seqlens)
-    options = (value_dim, causal, softmax_scale, lse_base, split, chunk_tokens, cp_world, cp_rank)
+    options = (value_dim, causal, softmax_scale, lse_base, split, chunk_tokens, cp_world, cp_rank, cp_turn)
     if out is None and lse is None:
         result: tuple[torch.Tensor, torch.Tensor] = torch.ops.mlakit.decode(*inputs, *options)
         return result
@@ -74,7 +75,7 @@ def merge_states(out_parts: torch.Tensor, lse_parts: torch.Tensor, *, lse_base: 
 
 def _run(inputs: tuple[Any, ...], out: torch.Tensor | None, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     q, q_rope, cache, rope, table, seqlens, cu_seqlens_q, sink, global_seqlens = inputs[:9]
-    value_dim, causal, scale, lse_base, split, chunk_tokens, cp_world, cp_rank = inputs[9:]
+    value_dim, causal, scale, lse_base, split, chunk_tokens, cp_world, cp_rank, cp_turn = inputs[9:]
     return _decode.mla_decode(
         q,
         cache if rope is None else (cache, rope),
@@ -93,6 +94,7 @@ def _run(inputs: tuple[Any, ...], out: torch.Tensor | None, lse: torch.Tensor | 
         chunk_tokens=chunk_tokens,
         cp_world=cp_world,
         cp_rank=cp_rank,
+        cp_turn=cp_turn,
         global_seqlens=global_seqlens,
     )
 

@@ -1,4 +1,4 @@
-"""Context parallel: ranks that hold every world-th key, merged, give attention over all keys under the whole causal mask."""
+"""Context parallel: ranks that share the keys give, merged, attention over all keys under the whole causal mask."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LENGTHS = [130, 0, 1, 2, 300, 67]
 LATENT = 512
 
 
-def shard_of(inputs: testing.Inputs, world: int, rank: int) -> dict[str, torch.Tensor]:
+def shard_of(inputs: testing.Inputs, world: int, rank: int, turn: int = 1) -> dict[str, torch.Tensor]:
     """The rank's own cache: its keys in pages of its own, NaN in every other slot, and its lengths."""
     page_size, width = inputs.kv_cache.shape[1], inputs.block_table.shape[1]
     lengths = inputs.cache_seqlens.tolist()
     table, local, pages = [], [], []
     for row, length in zip(inputs.block_table.tolist(), lengths, strict=True):
-        keys = [inputs.kv_cache[row[j // page_size], j % page_size] for j in range(rank, length, world)]
+        keys = [inputs.kv_cache[row[j // page_size], j % page_size] for j in range(length) if j // turn % world == rank]
         ids = []
         for first in range(0, len(keys), page_size):
             page = torch.full_like(inputs.kv_cache[0], float("nan"))
@@ -40,7 +40,9 @@ def shard_of(inputs: testing.Inputs, world: int, rank: int) -> dict[str, torch.T
     }
 
 
-def decode_shards(inputs: testing.Inputs, world: int, *, causal: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_shards(
+    inputs: testing.Inputs, world: int, *, causal: bool, turn: int = 1, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Every rank's decode, merged."""
     outs, lses = [], []
     for rank in range(world):
@@ -48,7 +50,13 @@ def decode_shards(inputs: testing.Inputs, world: int, *, causal: bool, **options
         if causal and world > 1:
             options["global_seqlens"] = inputs.cache_seqlens
         _, lse = mlakit.mla_decode(
-            *(inputs.q, *shard_of(inputs, world, rank).values()), causal=causal, out=out, cp_world=world, cp_rank=rank, **options
+            *(inputs.q, *shard_of(inputs, world, rank, turn).values()),
+            causal=causal,
+            out=out,
+            cp_world=world,
+            cp_rank=rank,
+            cp_turn=turn,
+            **options,
         )
         outs.append(out.flatten(0, -3))
         lses.append(lse.flatten(0, -2))
@@ -57,19 +65,20 @@ def decode_shards(inputs: testing.Inputs, world: int, *, causal: bool, **options
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+# One by one, in turns, in whole pages, and each rank with a chunk of the request (the last rank with none).
+@pytest.mark.parametrize(("world", "turn"), [(1, 1), (2, 1), (8, 1), (3, 2), (2, 64), (3, 150)])
 @pytest.mark.parametrize(("q_len", "causal"), [(1, True), (4, True), (2, False)])
-def test_merged_shards_equal_the_whole(world: int, q_len: int, causal: bool, backend: str) -> None:
+def test_merged_shards_equal_the_whole(world: int, turn: int, q_len: int, causal: bool, backend: str) -> None:
     """Lengths shorter than world leave ranks without keys; q_len over the length leaves rows without keys."""
     case = cases.dense_case(LENGTHS, q_len=q_len, q_heads=4, causal=causal)
     inputs = cases.inputs_of(case)
     context = mlakit.Context(backend, num_threads=1)
-    out, lse = decode_shards(inputs, world, causal=causal, softmax_scale=cases.SCALE, context=context)
+    out, lse = decode_shards(inputs, world, causal=causal, turn=turn, softmax_scale=cases.SCALE, context=context)
     cases.check(case, inputs, out, lse)
 
 
-@pytest.mark.parametrize("split", ["balanced", "fixed_chunk"])
-def test_ragged_shards_over_many_rows_and_parts(split: str) -> None:
+@pytest.mark.parametrize(("split", "turn"), [("balanced", 1), ("fixed_chunk", 7)])
+def test_ragged_shards_over_many_rows_and_parts(split: str, turn: int) -> None:
     """Enough rows for several row tiles and enough keys for several parts: each has its own place under the mask."""
     case = testing.mla_case(
         [2000, 3, 900], f"ragged:causal:scale{float(torch.tensor(cases.SCALE)):.9g}", q_len=40, q_lens=(40, 5, 1)
@@ -77,7 +86,7 @@ def test_ragged_shards_over_many_rows_and_parts(split: str) -> None:
     inputs = cases.inputs_of(case)
     options: dict[str, Any] = {"chunk_tokens": 128} if split == "fixed_chunk" else {}
     out, lse = decode_shards(
-        inputs, 3, causal=True, softmax_scale=cases.SCALE, cu_seqlens_q=inputs.cu_seqlens_q, split=split, **options
+        inputs, 3, turn=turn, causal=True, softmax_scale=cases.SCALE, cu_seqlens_q=inputs.cu_seqlens_q, split=split, **options
     )
     cases.check(case, inputs, out, lse)
 

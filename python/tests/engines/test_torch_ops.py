@@ -110,7 +110,7 @@ def test_ragged_two_view_and_merge_operators() -> None:
 
 def operands(inputs: Any) -> tuple[Any, ...]:
     call = (inputs.q, None, inputs.kv_cache, None, inputs.block_table, inputs.cache_seqlens, None, None, None)
-    return (*call, 512, True, cases.SCALE, "e", "balanced", 0, 1, 0)
+    return (*call, 512, True, cases.SCALE, "e", "balanced", 0, 1, 0, 0)
 
 
 def test_torchs_own_checks_of_the_operators() -> None:

@@ -68,6 +68,7 @@ void bind_problem(nb::module_& m) {
       .def_rw("topk", &mla_problem::topk)
       .def_rw("cp_world", &mla_problem::cp_world)
       .def_rw("cp_rank", &mla_problem::cp_rank)
+      .def_rw("cp_turn", &mla_problem::cp_turn)
       .def_rw("softmax_scale", &mla_problem::softmax_scale)
       .def("format",
            [](const mla_problem& self) {
