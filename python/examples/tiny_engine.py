@@ -438,6 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Report]:
     torch.set_num_threads(o.threads)
     c = Config()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.dtype]
+    # 16-bit sums in another order move the logits, which are about 4, by up to 0.03: near ties may go either way.
+    tolerance = 0.0 if o.dtype == "fp32" else 0.1
     reports = []
     with torch.inference_mode():
         model = Model(c, o.seed, o.device, dtype)
@@ -451,9 +453,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Report]:
                 model, slots=o.slots, pages=1 + o.slots * -(-max_len // PAGE), max_len=max_len, q_len=q_len, use_mlakit=use_mlakit
             )
             reports.append(engine.serve(requests))
-            check_against_dense(model, requests, tolerance=0.0 if o.dtype == "fp32" else 0.1)
+            check_against_dense(model, requests, tolerance)
             print(reports[-1].line())
-    print("every token is the dense model's greedy choice")
+    print(
+        "every token is the dense model's greedy choice" + (f", or within {tolerance} of it in the logits" if tolerance else "")
+    )
     return reports
 
 
