@@ -62,7 +62,7 @@ std::string why_unsupported(const Problem& p) {
   if (p.out_dtype != p.q_dtype && p.out_dtype != DType::kFp32) return "out must have q's dtype or fp32";
   if (p.kv_format != KvFormat::kPlain) return "only plain cache rows";
   if (p.topk > 0 || p.has_tree_mask || p.has_extra_segment || p.cp_world > 1) return "no index lists, tree masks, extra segments or context parallel";
-  if (p.is_debug) return "no debug plans";
+  if (p.is_debug) return "MLA_PROBLEM_DEBUG: device-side values are checked by CPU plans only";
   if (!(p.softmax_scale > 0.0f)) return "softmax_scale must be positive";
   if (p.page_size > INT32_MAX / 2 || p.max_len > INT32_MAX - 2 * sm90::kBlockTokens) return "lengths must fit into 31 bits";
   std::string reason;

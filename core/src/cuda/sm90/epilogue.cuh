@@ -3,6 +3,7 @@
 
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/params.h"
+#include "cuda/sm90/ptx/common.cuh"
 #include "cuda/sm90/ptx/math.cuh"
 #include "cuda/sm90/shared.h"
 #include "layout/fragment.h"
@@ -78,7 +79,7 @@ template <StorePath kPath, DType kDType>
 __device__ __forceinline__ void store_tile_pair(void* out, int64_t row_offset, bool is_row, bool is_fp32, int lane, float2 a, float2 b) {
   const bool is_odd = lane % 2 != 0;
   const float2 given = is_odd ? a : b;
-  const float2 taken = make_float2(__shfl_xor_sync(0xffffffffu, given.x, 1), __shfl_xor_sync(0xffffffffu, given.y, 1));
+  const float2 taken = make_float2(__shfl_xor_sync(ptx::kWholeWarp, given.x, 1), __shfl_xor_sync(ptx::kWholeWarp, given.y, 1));
   if (!is_row) return;
   const float2 first = is_odd ? taken : a, second = is_odd ? b : taken;
   store_four<kPath, kDType>(out, row_offset + (is_odd ? 8 : 0) + lane % 4 / 2 * 4, is_fp32, first.x, first.y, second.x, second.y);
@@ -134,8 +135,8 @@ __device__ __forceinline__ void store_output(const OutputFragment& o, const Resu
     const bool is_row = row[r] < rows;
     const int64_t offset =
         is_row ? row_offset(result.out, result, config.heads_per_kv_head, work, work.first_row + row[r]) + half * kHalfColumns : 0;
-    if (!__any_sync(0xffffffffu, is_row)) return;
-    if (__all_sync(0xffffffffu, !is_row || store_path(result, offset) == StorePath::kFast)) {
+    if (!__any_sync(ptx::kWholeWarp, is_row)) return;
+    if (__all_sync(ptx::kWholeWarp, !is_row || store_path(result, offset) == StorePath::kFast)) {
       store_row<StorePath::kFast, kDType>(o, r, factor[r], result, offset, is_row, lane);
     } else {
       store_row<StorePath::kAny, kDType>(o, r, factor[r], result, offset, is_row, lane);

@@ -3,6 +3,7 @@
 
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/params.h"
+#include "cuda/sm90/ptx/common.cuh"
 #include "cuda/sm90/ptx/pdl.cuh"
 
 namespace mla::cuda::sm90 {
@@ -25,7 +26,7 @@ __device__ T block_scan(T x, Op op, T* s_warp, T& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const T below = __shfl_up_sync(0xffffffffu, x, d);
+    const T below = __shfl_up_sync(ptx::kWholeWarp, x, d);
     if (lane >= d) x = op(below, x);
   }
   if (lane == 31) s_warp[warp] = x;

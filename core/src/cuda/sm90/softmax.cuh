@@ -5,6 +5,7 @@
 // the maximum, but they reach P and the sum through the exponential.
 #pragma once
 
+#include "cuda/sm90/ptx/common.cuh"
 #include "cuda/sm90/ptx/math.cuh"
 #include "layout/fragment.h"
 #include "math/online_softmax.h"
@@ -12,7 +13,6 @@
 namespace mla::cuda::sm90 {
 
 inline constexpr float kMaximumSlack = 8.0f;
-inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // Of the two rows of a thread.
 struct SoftmaxState {
@@ -31,19 +31,19 @@ __device__ __forceinline__ float maximum_of_row(const float (&s)[16], int row) {
 }
 
 __device__ __forceinline__ float maximum_of_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(ptx::kWholeWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ptx::kWholeWarp, x, 2));
 }
 
 __device__ __forceinline__ float sum_of_quad(float x) {
-  x += __shfl_xor_sync(kWholeWarp, x, 1);
-  return x + __shfl_xor_sync(kWholeWarp, x, 2);
+  x += __shfl_xor_sync(ptx::kWholeWarp, x, 1);
+  return x + __shfl_xor_sync(ptx::kWholeWarp, x, 2);
 }
 
 // s: unscaled scores. True if a reference moved in this warp; rescale then holds the factors of sum (applied here) and O.
 __device__ __forceinline__ bool move_maximum(const float (&s)[16], float scale_log2e, SoftmaxState& state, float (&rescale)[2]) {
   const float slot[2] = {maximum_of_row(s, 0) * scale_log2e, maximum_of_row(s, 1) * scale_log2e};
-  const bool is_moved = __any_sync(kWholeWarp, slot[0] > state.maximum[0] + kMaximumSlack || slot[1] > state.maximum[1] + kMaximumSlack);
+  const bool is_moved = __any_sync(ptx::kWholeWarp, slot[0] > state.maximum[0] + kMaximumSlack || slot[1] > state.maximum[1] + kMaximumSlack);
   if (is_moved) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

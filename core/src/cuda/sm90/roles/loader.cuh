@@ -1,0 +1,90 @@
+// One warp keeps the ring of slots full: rows of Q, then keys, of one piece after the other.
+#pragma once
+
+#include "cuda/sm90/ptx/common.cuh"
+#include "cuda/sm90/ptx/mbarrier.cuh"
+#include "cuda/sm90/roles/role.cuh"
+#include "cuda/sm90/tile/load_rows.cuh"
+
+namespace mla::cuda::sm90 {
+
+template <DecodeConfig kCfg>
+struct Loader {
+  const DecodeParams& p;
+  const RoleContext& ctx;
+  Cursor<kCfg.ring_slots()> ring;
+
+  __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
+  __device__ __forceinline__ uint32_t slot_barrier() const { return barrier_address<Barrier::kSlotFull>(ctx.barriers, ring.stage()); }
+
+  // Claims the next slot: when this returns, it is empty and its barrier expects the bytes.
+  __device__ __forceinline__ void begin_slot(uint32_t bytes) {
+    wait_empty<Barrier::kSlotEmpty>(ctx.barriers, ring);
+    if (ctx.lane == 0) ptx::mbarrier_arrive_expect_tx(slot_barrier(), bytes);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void end_slot() {
+    __syncwarp();
+    ring.advance();
+  }
+
+  __device__ __forceinline__ void load_q(const Work& work) {
+    const int32_t heads = p.config.heads_per_kv_head;
+    const int32_t rows = tile_rows(p.config, work);
+#pragma unroll 1
+    for (int half = 0; half < q_slots(rows); ++half) {
+      const int32_t first = half * layout::kSlotRows;
+      const int32_t row = first + ctx.lane * p.q_run;  // of this lane's run, in the tile
+      begin_slot(min(rows - first, layout::kSlotRows) * kCfg.groups() * layout::kSwizzleRowBytes);
+      if (row < rows && ctx.lane * p.q_run < layout::kSlotRows) {
+        const int32_t token = (work.first_row + row) / heads, head = (work.first_row + row) % heads;
+        load_query_rows<kCfg>(slot_address(), slot_barrier(), &p.q_latent, &p.q_rope, p.q_run, ctx.lane,
+                              {work.kv_head * heads + head, p.result.is_ragged ? work.q_begin + token : token,
+                               p.result.is_ragged ? 0 : work.request});
+      }
+      end_slot();
+    }
+  }
+
+  // The page that holds a token; -1 (reads as zeros) past the request's end and past the table.
+  __device__ __forceinline__ int32_t page_of(const Work& work, int32_t token) const {
+    const int32_t index = token / p.page_size;
+    return token < work.len_tokens && index < p.block_table.width ? p.block_table.data[work.request * p.block_table.row_stride + index] : -1;
+  }
+
+  // A window of the table is 32 runs of tokens, one a lane, looked up one window ahead.
+  __device__ __forceinline__ void load_keys(const Work& work, int32_t next_page) {
+    const int32_t run = p.kv_run;
+    int32_t token = work.begin_block * kBlockTokens + ctx.lane * run;  // of this lane's run in the next slot
+    while (token - ctx.lane * run < work.end_block * kBlockTokens) {
+      const int32_t page = next_page;
+      next_page = page_of(work, token + 32 * run);
+#pragma unroll 1
+      for (int32_t first_run = 0; first_run < 32 && token - ctx.lane * run < work.end_block * kBlockTokens;
+           first_run += layout::kSlotRows / run) {
+        const int32_t slot_page = __shfl_sync(ptx::kWholeWarp, page, first_run + ctx.lane);
+        begin_slot(kCfg.slot_bytes());
+        load_key_rows<kCfg>(slot_address(), slot_barrier(), &p.kv_latent, &p.kv_rope, run, ctx.lane,
+                            {token % p.page_size, work.kv_head, slot_page});
+        end_slot();
+        token += layout::kSlotRows;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run_all() {
+    for (WorkCursor at;; at.advance()) {
+      wait_full<Barrier::kWorkFull>(ctx.barriers, at);
+      const Work& work = ctx.control->work[at.stage()];
+      if (work.request < 0) return;
+      const int32_t first_page = page_of(work, work.begin_block * kBlockTokens + ctx.lane * p.kv_run);  // in flight while Q is issued
+      load_q(work);
+      load_keys(work, first_page);
+      __syncwarp();
+      if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
+    }
+  }
+};
+
+}  // namespace mla::cuda::sm90

@@ -1,0 +1,154 @@
+// One warpgroup makes S = Q K^T, its softmax and P.
+#pragma once
+
+#include "cuda/sm90/epilogue.cuh"
+#include "cuda/sm90/mask.cuh"
+#include "cuda/sm90/ptx/named_barrier.cuh"
+#include "cuda/sm90/ptx/wgmma.cuh"
+#include "cuda/sm90/roles/role.cuh"
+#include "cuda/sm90/softmax.cuh"
+#include "cuda/sm90/tile/store_p.cuh"
+#include "cuda/sm90/tile/take_q.cuh"
+
+namespace mla::cuda::sm90 {
+
+template <DecodeConfig kCfg>
+struct Scores {
+  const DecodeParams& p;
+  const RoleContext& ctx;
+  Cursor<kCfg.ring_slots()> ring;
+  PCursor p_at;
+  uint32_t r_q[kCfg.q_register_steps()][4];
+  SoftmaxState state;
+
+  __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
+
+  // s [64 rows, 32 keys] = Q K^T for the ring's next slot, which is full: issued, not waited for. The warps are held while they issue
+  // all but the last few products, so when this returns the tensor cores are nearly done with it.
+  __device__ __forceinline__ void issue_scores(float (&s)[16]) {
+    constexpr uint64_t kGroupStep = ptx::descriptor_step(layout::kGroupBytes);
+    constexpr uint64_t kQGroupStep = ptx::descriptor_step(kTileRows * layout::kSwizzleRowBytes);
+    constexpr uint64_t kStep = ptx::descriptor_step(32);  // 16 columns
+    const uint64_t k = ptx::k_major_descriptor(slot_address());
+    const uint64_t q = ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().q());
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kCfg.q_register_steps(); ++step) {
+      ptx::wgmma_m64n32k16_rs<kCfg.dtype>(s, r_q[step], k + step / 4 * kGroupStep + step % 4 * kStep, step > 0);
+    }
+#pragma unroll
+    for (int step = kCfg.q_register_steps(); step < kCfg.q_steps(); ++step) {
+      ptx::wgmma_m64n32k16_ss<kCfg.dtype>(s, q + (step / 4 - kCfg.q_first_shared_group()) * kQGroupStep + step % 4 * kStep,
+                                          k + step / 4 * kGroupStep + step % 4 * kStep, 1);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  __device__ __forceinline__ void take_q_slots(int32_t rows) {
+    Cursor<kCfg.ring_slots()> mine = ring;  // of a warp without rows: any full slot will do
+    if (ctx.warp >= 2 && q_slots(rows) == 2) mine.advance();
+    wait_full<Barrier::kSlotFull>(ctx.barriers, mine);
+    ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);  // no warp reads the previous Q any more
+    take_q<kCfg>(ctx.shared + smem_plan<kCfg>().slot(mine.stage()), ctx.shared + smem_plan<kCfg>().q(), p.q_run, rows, ctx.warp, ctx.lane, r_q);
+    ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);
+    for (int half = 0; half < q_slots(rows); ++half) {
+      if (ctx.lane == 0) {
+        arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
+        arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
+      }
+      ring.advance();
+    }
+  }
+
+  // One slot: s holds its scores; visible counts the keys of each row from this slot's first on. Leaves P and the rescale factors in
+  // shared memory; hand_over_p tells.
+  __device__ __forceinline__ void weigh(float (&s)[16], bool is_masked, const int (&visible)[2]) {
+    if (is_masked) mask_scores(s, ctx.lane, visible);
+    float rescale[2];
+    uint32_t packed[8];
+    const bool is_rescaled = move_maximum(s, p.scale_log2e, state, rescale);
+    exponentials<kCfg.dtype>(s, p.scale_log2e, state, packed);
+    wait_empty<Barrier::kPEmpty>(ctx.barriers, p_at);
+    store_p(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2), p_at.stage() % 2, ctx.warp, ctx.lane, packed);
+    if (is_rescaled && ctx.lane % 4 == 0) {
+      ctx.control->rescale[p_at.stage()][layout::fragment_row(ctx.thread, 0)] = rescale[0];
+      ctx.control->rescale[p_at.stage()][layout::fragment_row(ctx.thread, 1)] = rescale[1];
+    }
+    if (ctx.lane == 0) ctx.control->is_rescaled[p_at.stage()][ctx.warp] = is_rescaled;
+    ptx::fence_proxy_async();
+    __syncwarp();
+  }
+
+  // I2: P and the rescale factors of the slot are in shared memory before this arrive.
+  __device__ __forceinline__ void hand_over_p() {
+    if (ctx.lane == 0) arrive<Barrier::kPFull>(ctx.barriers, p_at.stage());
+    p_at.advance();
+  }
+
+  // Keys that row `row` of the tile sees, at most len.
+  __device__ __forceinline__ int32_t visible_keys(const Work& work, int32_t row) const {
+    if (!p.is_causal) return work.len_tokens;
+    const int32_t token = (work.first_row + row) / p.config.heads_per_kv_head;
+    return min(work.len_tokens, work.len_tokens - work.q_tokens + 1 + token);
+  }
+
+  // P is handed over only when the next slot's products are issued, so that P V runs under the next exponentials and not beside the next
+  // Q K^T; where the next slot is not there yet, at once.
+  __device__ __forceinline__ void run_slots(const Work& work) {
+    const int32_t begin = work.begin_block * kBlockTokens;
+    const int32_t slots = (work.end_block - work.begin_block) * 2;
+    int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)) - begin, visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
+    const int32_t first_masked = (max(visible_keys(work, 0), 0) - begin) / layout::kSlotRows;  // row 0 sees least
+    bool has_p = false;  // a P that was not handed over
+#pragma unroll 1
+    for (int32_t slot = 0; slot < slots; ++slot) {
+      if (has_p && !is_full<Barrier::kSlotFull>(ctx.barriers, ring)) {
+        hand_over_p();
+        has_p = false;
+      }
+      wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
+      float s[16];
+      issue_scores(s);
+      if (has_p) hand_over_p();
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_pin(s);
+      weigh(s, slot >= first_masked, visible);
+        ring.advance();
+      has_p = true;
+      visible[0] -= layout::kSlotRows;
+      visible[1] -= layout::kSlotRows;
+    }
+    hand_over_p();
+  }
+
+  __device__ __forceinline__ void finish(const Work& work, WorkCursor at, int tile) {
+    wait_empty<Barrier::kScaleEmpty>(ctx.barriers, scale_at(at));
+    const int32_t rows = tile_rows(p.config, work);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = sum_of_quad(state.sum[r]);
+      const int row = layout::fragment_row(ctx.thread, r);
+      if (ctx.lane % 4 == 0 && row < rows) {
+        const float lse_log2 = sum == 0.0f ? -INFINITY : state.maximum[r] + log2f(sum);
+        ctx.control->scale[row] = finish_row(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, lse_log2, sum);
+      }
+    }
+    if (ctx.lane % 4 == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void run_all(int tile) {
+    for (WorkCursor at;; at.advance()) {
+      wait_full<Barrier::kWorkFull>(ctx.barriers, at);
+      const Work& work = ctx.control->work[at.stage()];
+      if (work.request < 0) return;
+      take_q_slots(tile_rows(p.config, work));
+      state = {};
+      if (work.begin_block < work.end_block) run_slots(work);
+      finish(work, at, tile);
+      if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
+    }
+  }
+};
+
+}  // namespace mla::cuda::sm90
