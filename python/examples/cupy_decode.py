@@ -23,6 +23,7 @@ def main() -> float:
         schedule = plan.schedule(lengths, buffer=schedule_memory)
         plan.decode(q, cache, table, schedule, out=out, lse=lse, scratch=scratch)
 
+    cp.cuda.get_current_stream().synchronize()  # what was made above is there before another stream reads it
     with cp.cuda.Stream(non_blocking=True) as stream:
         step()
         stream.synchronize()

@@ -89,13 +89,15 @@ def mla_decode(
         if len(kv_cache) != 2:
             raise ValueError(f"kv_cache: expected one tensor or a pair (latent, rope), got a tuple of {len(kv_cache)}")
         kv_cache, kv_rope = kv_cache
-    device_type, device_id, q_dtype, q_shape = _ext.describe(q, "q")
-    _, _, kv_dtype, kv_shape = _ext.describe(kv_cache, "kv_cache")
-    _, _, _, table_shape = _ext.describe(block_table, "block_table")
+    framework = framework_of(type(q))
+    if stream is None:
+        stream = framework.stream(q)
+    device_type, device_id, q_dtype, q_shape = _ext.describe(q, "q", stream)
+    _, _, kv_dtype, kv_shape = _ext.describe(kv_cache, "kv_cache", stream)
+    _, _, _, table_shape = _ext.describe(block_table, "block_table", stream)
     is_ragged = cu_seqlens_q is not None
     if len(q_shape) != (3 if is_ragged else 4) or len(kv_shape) != 4 or len(table_shape) != 2:
         _refuse_ranks(q_shape, is_ragged, kv_shape, table_shape)
-    framework = framework_of(type(q))
     is_fixed_chunk_on_cpu = split == "fixed_chunk" and device_type == DEVICES["cpu"]
     plan = _cached_plan(
         context,
@@ -103,7 +105,7 @@ def mla_decode(
         device_id,
         q_dtype,
         kv_dtype,
-        q_dtype if out is None else _ext.describe(out, "out")[2],
+        q_dtype if out is None else _ext.describe(out, "out", stream)[2],
         is_ragged,
         _rounded(table_shape[0] if is_ragged else max(q_shape[0], table_shape[0])),
         _rounded(q_shape[0]) if is_ragged else q_shape[1],
@@ -111,7 +113,7 @@ def mla_decode(
         _rounded(sum(cache_seqlens.tolist())) if is_fixed_chunk_on_cpu else 0,
         q_shape[-2],
         kv_shape[2],
-        q_shape[-1] if q_rope is None else q_shape[-1] + _ext.describe(q_rope, "q_rope")[3][-1],
+        q_shape[-1] if q_rope is None else q_shape[-1] + _ext.describe(q_rope, "q_rope", stream)[3][-1],
         value_dim,
         kv_shape[1],
         causal,
@@ -250,7 +252,9 @@ def merge_states(
         raise ValueError(f"lse_base: expected one of 'e', '2', got {lse_base!r}")
     framework = framework_of(type(out_parts))
     framework.refuse_gradients(out_parts, lse_parts)
-    _, _, dtype, shape = _ext.describe(out_parts, "out_parts")
+    if stream is None:
+        stream = framework.stream(out_parts)
+    _, _, dtype, shape = _ext.describe(out_parts, "out_parts", stream)
     if len(shape) != 4:
         raise ValueError(f"out_parts: expected [parts, tokens, heads, dim], got shape {list(shape)}: reshape it")
     if out is None:
@@ -259,7 +263,5 @@ def merge_states(
         out = framework.empty(out_parts, shape[1:], _DTYPE_NAMES[dtype])
     if lse is None:
         lse = framework.empty(out_parts, shape[1:-1], "fp32")
-    if stream is None:
-        stream = framework.stream(out_parts)
     (context or default_context())._native.merge(out_parts, lse_parts, out, lse, lse_base == "2", stream)
     return framework.finish(out), framework.finish(lse)

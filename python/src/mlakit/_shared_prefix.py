@@ -48,7 +48,8 @@ def decode_shared_prefix(
     Raises:
         ValueError: tensors that do not fit, as in `mlakit.mla_decode`. NotImplementedError: another framework.
     """
-    device_type, _, dtype, shape = _ext.describe(q, "q")
+    framework = framework_of(type(q))
+    device_type, _, dtype, shape = _ext.describe(q, "q", framework.stream(q))
     if len(shape) != 4:
         raise ValueError(f"q: expected [batch, q_len, q_heads, head_dim], got shape {list(shape)}: reshape it")
     batch, q_len, heads, _ = shape
@@ -59,7 +60,6 @@ def decode_shared_prefix(
                     f"cache_seqlens: expected a suffix of at least q_len - 1 = {q_len - 1} tokens, got "
                     f"cache_seqlens[{request}] = {tokens}: end the prefix earlier"
                 )
-    framework = framework_of(type(q))
     # Partial results in fp32, so that merging rounds once, as a single decode does.
     out_parts = framework.empty(q, (2, batch * q_len, heads, value_dim), "fp32")
     lse_parts = framework.empty(q, (2, batch * q_len, heads), "fp32")

@@ -181,6 +181,7 @@ def test_metadata_without_arguments_is_the_lazy_object() -> None:
     assert not meta.have_initialized
     assert meta.config is None
     assert meta.tile_scheduler_metadata is None
+    assert not hasattr(meta, "shape")
     case = cases.dense_case(LENGTHS, q_len=2)
     inputs = cases.inputs_of(case)
     call = (inputs.q, inputs.kv_cache, inputs.block_table, inputs.cache_seqlens, LATENT)
@@ -219,6 +220,14 @@ def test_metadata_unpacks_into_two_int32_tensors(form: str) -> None:
     # As an object.
     assert metadata.num_splits is num_splits
     assert not metadata.have_initialized
+
+
+def test_a_batch_of_nobody() -> None:
+    q, table = torch.empty(0, 1, 16, 576, dtype=torch.bfloat16), torch.empty(0, 4, dtype=torch.int32)
+    cache, lengths = torch.empty(2, 64, 1, 576, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int32)
+    out, lse = flash_mla_with_kvcache(q, cache, table, lengths, LATENT, *get_mla_metadata(lengths, 16, 1), cases.SCALE, True)
+    assert out.shape == (0, 1, 16, LATENT)
+    assert lse.shape == (0, 16, 1)
 
 
 def test_metadata_shape_does_not_depend_on_the_batch() -> None:

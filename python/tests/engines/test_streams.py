@@ -55,3 +55,15 @@ def test_every_tensor_is_exported_for_the_given_stream(given: int, expected: int
     assert len(asked) >= 10
     assert set(asked) == {expected}
     testing.check_decode(case, inputs)
+
+
+def test_one_call_looks_at_its_tensors_on_the_given_stream_too() -> None:
+    """It finds its plan by the tensors' shapes, for which they are exported as well."""
+    case = testing.Case("dense:fp32:b2:q1:h4:k1:d576:v512:p64:l130", (130, 7))
+    inputs = testing.make_inputs(case)
+    asked: list[Any] = []
+    arrays = (Producer(array, asked) for array in inputs.positional)
+    out, lse = (Producer(array, asked) for array in (inputs.out, inputs.lse))
+    mlakit.mla_decode(*arrays, out=out, lse=lse, stream=0x7F0)
+    assert set(asked) == {0x7F0}
+    testing.check_decode(case, inputs)

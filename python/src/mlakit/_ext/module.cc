@@ -230,10 +230,10 @@ nb::typed<nb::list, nb::typed<nb::tuple, nb::str, nb::int_, nb::bool_, nb::str>>
   return result;
 }
 
-// (device_type, device_id, MLA_DTYPE_..., shape) of a tensor.
+// (device_type, device_id, MLA_DTYPE_..., shape) of a tensor. stream: where it will be used.
 nb::typed<nb::tuple, nb::int_, nb::int_, nb::int_, nb::typed<nb::tuple, nb::int_, nb::ellipsis>> describe(
-    nb::handle object, const char* name) {
-  Tensor holder(object, name);
+    nb::handle object, const char* name, Stream stream) {
+  Tensor holder(object, name, false, reinterpret_cast<void*>(stream.value_or(0)));
   if (holder.get() == nullptr) {
     PyErr_Format(PyExc_TypeError, "%s: expected a tensor, got None", name);
     throw nb::python_error();
@@ -267,7 +267,7 @@ NB_MODULE(_ext, m) {
   m.def("version", [] { return MLAKIT_VERSION_STRING; });
   m.def("library_version", &mla_version);
   m.def("backends", &backends);
-  m.def("describe", &describe, nb::arg("tensor"), nb::arg("name"));
+  m.def("describe", &describe, nb::arg("tensor"), nb::arg("name"), nb::arg("stream").none());
   bind_problem(m);
 
   nb::class_<Buffer>(m, "Buffer")

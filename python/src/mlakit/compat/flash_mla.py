@@ -76,9 +76,9 @@ class FlashMLASchedMeta:
         return function(*plain(tuple(args)), **{name: plain(value) for name, value in (kwargs or {}).items()})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._tensor(), name)
+        if name.startswith("_") or self.tile_scheduler_metadata is None:
+            raise AttributeError(f"{name}: neither a field of FlashMLASchedMeta nor of a tensor that it has")
+        return getattr(self.tile_scheduler_metadata, name)
 
     def __getitem__(self, index: Any) -> Any:
         return self._tensor()[index]
