@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import importlib
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,7 @@ def check(problem: mlakit.Problem, x: Inputs, scale: float) -> float:
 class Graph:
     """Calls captured in a CUDA graph, about GRAPH_SECONDS long."""
 
-    def __init__(self, calls: list[Callable[[], None]]) -> None:
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         for call in calls:
             call()
         torch.cuda.synchronize()
@@ -203,7 +205,7 @@ def measure_roofs(rounds: int = 7) -> Roofs:
 
 
 def _flash_mla(problem: mlakit.Problem, x: Inputs, scale: float) -> Callable[[int], Callable[[], None]]:
-    import flash_mla
+    flash_mla = importlib.import_module("flash_mla")
 
     meta, splits = flash_mla.get_mla_metadata(x.lengths, problem.q_len * problem.q_heads, 1)
     return lambda i: (
@@ -222,7 +224,7 @@ def _flash_mla(problem: mlakit.Problem, x: Inputs, scale: float) -> Callable[[in
 
 
 def _flash_attention(problem: mlakit.Problem, x: Inputs, scale: float) -> Callable[[int], Callable[[], None]]:
-    import flash_attn_interface
+    flash_attn_interface = importlib.import_module("flash_attn_interface")
 
     v = problem.value_dim
     return lambda i: (
@@ -240,7 +242,7 @@ def _flash_attention(problem: mlakit.Problem, x: Inputs, scale: float) -> Callab
 
 
 def _flash_infer(problem: mlakit.Problem, x: Inputs, scale: float) -> Callable[[int], Callable[[], None]]:
-    from flashinfer import mla
+    mla = importlib.import_module("flashinfer.mla")
 
     v, tokens = problem.value_dim, problem.max_batch * problem.q_len
     wrapper = mla.BatchMLAPagedAttentionWrapper(torch.empty(128 << 20, dtype=torch.uint8, device="cuda"), backend="fa3")
@@ -354,7 +356,7 @@ def run(text: str, roofs: Roofs, rounds: int = 7, with_peers: bool = False, peer
     scratch = torch.empty(plan.info.scratch_bytes, dtype=torch.uint8, device="cuda")
     # Streams differ between warm-up and capture, so each call takes the current one.
     decode = [
-        lambda kv=kv: plan.decode(x.q, kv, x.block_table, schedule, out=x.out, lse=x.lse, scratch=scratch) for kv in x.caches
+        functools.partial(plan.decode, x.q, kv, x.block_table, schedule, out=x.out, lse=x.lse, scratch=scratch) for kv in x.caches
     ]
     decode[0]()
     torch.cuda.synchronize()
