@@ -28,7 +28,12 @@ def python_lines() -> str:
     lengths = np.array([130, 0, 77], np.int32)
     plan = mlakit.Plan(
         mlakit.Problem(
-            q_dtype="fp32", max_batch=batch, max_len=width * page_size, q_heads=heads, page_size=page_size, softmax_scale=0.0721687824
+            q_dtype="fp32",
+            max_batch=batch,
+            max_len=width * page_size,
+            q_heads=heads,
+            page_size=page_size,
+            softmax_scale=0.0721687824,
         )
     )
     out, lse = plan.decode(q, cache, table, plan.schedule(lengths))
@@ -49,7 +54,9 @@ def test_an_engine_prints_what_python_prints(name: str, tmp_path: Path) -> None:
     compiler = ["gcc", "-std=c99"] if name.endswith(".c") else ["g++", "-std=c++20"]
     program = tmp_path / "engine"
     flags = [f"-I{mlakit.get_include()}", f"-L{LIBRARY.parent}", "-lmlakit", f"-Wl,-rpath,{LIBRARY.parent}"]
-    built = subprocess.run([*compiler, "-Wall", "-Wextra", "-Werror", str(EXAMPLES / name), "-o", str(program), *flags], check=False)
+    built = subprocess.run(
+        [*compiler, "-Wall", "-Wextra", "-Werror", str(EXAMPLES / name), "-o", str(program), *flags], check=False
+    )
     assert built.returncode == 0
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
