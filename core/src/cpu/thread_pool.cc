@@ -41,25 +41,39 @@ void wait_while(const std::atomic<T>& value, T old) {
 
 }  // namespace
 
-// Every member of a crew takes part in every run, so that none can be late with reading an old job. Each hot word has its cache line.
+// A run is a word of tasks to claim. Who has claimed one may read fn and task_context: the run cannot end before that task is done. A
+// thread that wakes up late finds nothing to claim and keeps nobody waiting, since the caller claims what nobody else has begun.
+// Each hot word has its cache line.
 struct ThreadPool::Crew {
   const pid_t pid = getpid();
   alignas(kCacheLine) std::atomic<bool> is_busy{false};
-  alignas(kCacheLine) std::atomic<uint32_t> generation{0};
-  alignas(kCacheLine) std::atomic<int32_t> running{0};
+  alignas(kCacheLine) std::atomic<uint32_t> generation{0};  // of the latest run, or of the end
+  alignas(kCacheLine) std::atomic<uint64_t> claims{0};      // generation << 32 | tasks << 16 | next task
+  alignas(kCacheLine) std::atomic<int32_t> unfinished{0};   // tasks of the latest run
   alignas(kCacheLine) mla_task_fn fn = nullptr;
   void* task_context = nullptr;
-  int32_t tasks = 0;
-  bool is_ending = false;
+  std::atomic<bool> is_ending{false};
   std::vector<std::thread> threads;
 
-  void work(int32_t index, uint32_t seen) {
+  static constexpr int32_t kMostTasks = 0xffff;
+
+  // The generation in the word keeps a claim on an old run from counting in a new one.
+  void run_claimed_tasks() {
+    uint64_t now = claims.load(std::memory_order_acquire);
+    while ((now & 0xffff) < (now >> 16 & 0xffff)) {
+      if (!claims.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
+      fn(task_context, static_cast<int64_t>(now & 0xffff));
+      if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished.notify_one();
+      now = claims.load(std::memory_order_acquire);
+    }
+  }
+
+  void work(uint32_t seen) {
     for (;;) {
       wait_while(generation, seen);
-      ++seen;
-      if (is_ending) return;
-      if (index < tasks) fn(task_context, index);
-      if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
+      seen = generation.load(std::memory_order_acquire);
+      if (is_ending.load(std::memory_order_acquire)) return;
+      run_claimed_tasks();
     }
   }
 
@@ -71,8 +85,7 @@ struct ThreadPool::Crew {
     pthread_sigmask(SIG_SETMASK, &all, &old);
     try {
       while (static_cast<int32_t>(threads.size()) < count) {
-        const int32_t index = static_cast<int32_t>(threads.size()) + 1;
-        threads.emplace_back([this, index, now] { work(index, now); });
+        threads.emplace_back([this, now] { work(now); });
       }
     } catch (const std::exception&) {
     }
@@ -85,22 +98,23 @@ struct ThreadPool::Crew {
   }
 
   void run(int32_t count, mla_task_fn f, void* context) {
-    const int32_t helpers = static_cast<int32_t>(threads.size());
     fn = f;
     task_context = context;
-    tasks = count;
-    running.store(helpers, std::memory_order_relaxed);
+    unfinished.store(count, std::memory_order_relaxed);
+    const uint64_t next_generation = generation.load(std::memory_order_relaxed) + uint64_t{1};
+    claims.store(next_generation << 32 | static_cast<uint64_t>(count) << 16 | 1, std::memory_order_release);
     release();
     f(context, 0);
-    for (int32_t i = helpers + 1; i < count; ++i) f(context, i);
-    for (int32_t left = running.load(std::memory_order_acquire); left != 0;
-         left = running.load(std::memory_order_acquire)) {
-      wait_while(running, left);
+    unfinished.fetch_sub(1, std::memory_order_acq_rel);
+    run_claimed_tasks();
+    for (int32_t left = unfinished.load(std::memory_order_acquire); left != 0;
+         left = unfinished.load(std::memory_order_acquire)) {
+      wait_while(unfinished, left);
     }
   }
 
   ~Crew() {
-    is_ending = true;
+    is_ending.store(true, std::memory_order_release);
     release();
     for (std::thread& t : threads) t.join();
   }
@@ -113,7 +127,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(int32_t tasks, mla_task_fn fn, void* task_context) {
-  if (tasks > 1) {
+  if (tasks > 1 && tasks <= Crew::kMostTasks) {
     Crew* crew = crew_.load(std::memory_order_acquire);
     if (crew == nullptr || crew->pid != getpid()) {
       auto fresh = std::make_unique<Crew>();
