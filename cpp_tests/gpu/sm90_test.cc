@@ -93,7 +93,8 @@ std::vector<std::byte> host_schedule(const mla::Plan& plan, const std::vector<in
   std::vector<std::byte> bytes(plan.layout().bytes(), std::byte{0xA5});
   mla::schedule::build(
       plan.config, mla::schedule::View(bytes.data(), plan.layout()), static_cast<int32_t>(lengths.size()),
-      [&](int32_t r) { return lengths[static_cast<size_t>(r)]; }, [&](int32_t r) { return static_cast<int32_t>(r * plan.problem.q_len); });
+      [&](int32_t r) { return lengths[static_cast<size_t>(r)]; },
+      [&](int32_t r) { return static_cast<int32_t>(r * plan.problem.q_len); });
   return bytes;
 }
 
@@ -114,18 +115,22 @@ void check_decode(const Shape& s) {
   std::vector<int32_t> table(batch * static_cast<size_t>(width), INT32_MAX);
   int32_t pages = 0;
   for (size_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < mla::ceil_div(s.lengths[b], s.page_size); ++i) table[b * static_cast<size_t>(width) + static_cast<size_t>(i)] = pages++;
+    for (int64_t i = 0; i < mla::ceil_div(s.lengths[b], s.page_size); ++i)
+      table[b * static_cast<size_t>(width) + static_cast<size_t>(i)] = pages++;
   }
   const size_t rows = batch * static_cast<size_t>(s.q_len * s.q_heads);
   const size_t row_width = static_cast<size_t>(p.head_dim);
   Buffer<__nv_bfloat16> q(random_bf16(random, rows * row_width));
-  Buffer<__nv_bfloat16> kv(random_bf16(random, static_cast<size_t>(pages) * static_cast<size_t>(s.page_size * s.kv_heads) * row_width));
+  Buffer<__nv_bfloat16> kv(
+      random_bf16(random, static_cast<size_t>(pages) * static_cast<size_t>(s.page_size * s.kv_heads) * row_width));
   Buffer<__nv_bfloat16> out(std::vector<__nv_bfloat16>(rows * 512, __float2bfloat16(NAN)));
   Buffer<float> lse(std::vector<float>(rows, NAN));
   Buffer<int32_t> lengths(s.lengths), tables(table);
-  Buffer<std::byte> schedule(std::vector<std::byte>(plan.layout().bytes())), scratch(std::vector<std::byte>(plan.scratch_bytes));
+  Buffer<std::byte> schedule(std::vector<std::byte>(plan.layout().bytes())),
+      scratch(std::vector<std::byte>(plan.scratch_bytes));
 
-  require_ok(mla::kSm90Backend.schedule(plan, {static_cast<int32_t>(batch), {lengths.device(), 1}, {}, schedule.device()}, nullptr));
+  require_ok(mla::kSm90Backend.schedule(
+      plan, {static_cast<int32_t>(batch), {lengths.device(), 1}, {}, schedule.device()}, nullptr));
   mla::DecodeCall call{};
   call.batch = static_cast<int32_t>(batch);
   call.q_tokens = static_cast<int64_t>(batch) * s.q_len;
@@ -143,7 +148,8 @@ void check_decode(const Shape& s) {
 
   const int32_t group = s.q_heads / s.kv_heads;
   for (size_t row = 0; row < rows; ++row) {
-    const int64_t b = static_cast<int64_t>(row) / (s.q_len * s.q_heads), t = static_cast<int64_t>(row) / s.q_heads % s.q_len;
+    const int64_t b = static_cast<int64_t>(row) / (s.q_len * s.q_heads),
+                  t = static_cast<int64_t>(row) / s.q_heads % s.q_len;
     const int64_t kv_head = static_cast<int64_t>(row) % s.q_heads / group;
     const int64_t len = s.lengths[static_cast<size_t>(b)];
     const int64_t visible = std::max<int64_t>(0, s.is_causal ? len - s.q_len + 1 + t : len);
@@ -151,16 +157,19 @@ void check_decode(const Shape& s) {
     double sum = 0;
     const auto key = [&](int64_t j) {
       const int64_t page = table[static_cast<size_t>(b * width + j / s.page_size)];
-      return &kv.host[static_cast<size_t>(((page * s.page_size + j % s.page_size) * s.kv_heads + kv_head) * p.head_dim)];
+      return &kv.host[static_cast<size_t>(((page * s.page_size + j % s.page_size) * s.kv_heads + kv_head) *
+                                          p.head_dim)];
     };
     for (int64_t j = 0; j < visible; ++j) {
       double dot = 0;
-      for (size_t c = 0; c < row_width; ++c) dot += double{__bfloat162float(q.host[row * row_width + c])} * double{__bfloat162float(key(j)[c])};
+      for (size_t c = 0; c < row_width; ++c)
+        dot += double{__bfloat162float(q.host[row * row_width + c])} * double{__bfloat162float(key(j)[c])};
       score[static_cast<size_t>(j)] = std::exp(dot / 24.0);
       sum += score[static_cast<size_t>(j)];
     }
     for (int64_t j = 0; j < visible; ++j) {
-      for (size_t c = 0; c < 512; ++c) expected[c] += score[static_cast<size_t>(j)] / sum * double{__bfloat162float(key(j)[c])};
+      for (size_t c = 0; c < 512; ++c)
+        expected[c] += score[static_cast<size_t>(j)] / sum * double{__bfloat162float(key(j)[c])};
     }
     double error = 0, norm = 0;
     for (size_t c = 0; c < 512; ++c) {
@@ -194,7 +203,8 @@ TEST_CASE("the device's schedule has the host's bytes") {
         plan.config.plan_key = 12345;
         Buffer<int32_t> lengths(s.lengths);
         Buffer<std::byte> schedule(std::vector<std::byte>(plan.layout().bytes(), std::byte{0xA5}));
-        require_ok(mla::kSm90Backend.schedule(plan, {static_cast<int32_t>(batch), {lengths.device(), 1}, {}, schedule.device()}, nullptr));
+        require_ok(mla::kSm90Backend.schedule(
+            plan, {static_cast<int32_t>(batch), {lengths.device(), 1}, {}, schedule.device()}, nullptr));
         schedule.download();
         const std::vector<std::byte> expected = host_schedule(plan, s.lengths);
         CAPTURE(batch);

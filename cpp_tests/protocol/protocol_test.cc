@@ -69,7 +69,8 @@ struct Role {
 // One CTA. The kernel's program, as seen by the barriers; buffer contents are the number of the use that wrote them.
 class Cta {
  public:
-  Cta(const std::vector<Piece>& pieces, int ring_slots) : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1) {
+  Cta(const std::vector<Piece>& pieces, int ring_slots)
+      : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1) {
     add_planner(static_cast<int>(pieces.size()));
     add_loader(pieces);
     for (int warp = 0; warp < sm90::kScoreWarps; ++warp) add_score_warp(pieces);
@@ -137,7 +138,8 @@ class Cta {
       }
       if (pieces[i].key_slots > 0) arrive(r, Barrier::kPFull, p++);
       wait_empty(r, Barrier::kScaleEmpty, static_cast<int>(i));
-      for (int k = 0; k < sm90::kScaleWriters / sm90::kScoreWarps; ++k) arrive(r, Barrier::kScaleFull, static_cast<int>(i));
+      for (int k = 0; k < sm90::kScaleWriters / sm90::kScoreWarps; ++k)
+        arrive(r, Barrier::kScaleFull, static_cast<int>(i));
       arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
     }
     roles_.push_back(std::move(r));

@@ -24,8 +24,8 @@ struct Variant {
 };
 
 constexpr Variant kVariants[] = {
-#define MLA_VARIANT(name, dtype, head_dim)                                                                         \
-  {#name, sm90::Variant_##name::kConfig, [] { return sm90::decode_kernel(sm90::Variant_##name{}); },               \
+#define MLA_VARIANT(name, dtype, head_dim)                                                           \
+  {#name, sm90::Variant_##name::kConfig, [] { return sm90::decode_kernel(sm90::Variant_##name{}); }, \
    sm90::smem_plan<sm90::Variant_##name::kConfig>().bytes()},
 #include "cuda/sm90/variants.inc"
 #undef MLA_VARIANT
@@ -56,15 +56,18 @@ std::string why_unavailable() {
 }
 
 std::string why_unsupported(const Problem& p) {
-  if (p.value_dim != sm90::kValueDim || (p.head_dim != 576 && p.head_dim != 512)) return "head_dim/value_dim must be 576/512 or 512/512";
+  if (p.value_dim != sm90::kValueDim || (p.head_dim != 576 && p.head_dim != 512))
+    return "head_dim/value_dim must be 576/512 or 512/512";
   if (p.q_dtype != DType::kBf16 && p.q_dtype != DType::kFp16) return "q must be bf16 or fp16";
   if (p.kv_dtype != p.q_dtype) return "kv must have q's dtype";
   if (p.out_dtype != p.q_dtype && p.out_dtype != DType::kFp32) return "out must have q's dtype or fp32";
   if (p.kv_format != KvFormat::kPlain) return "only plain cache rows";
-  if (p.topk > 0 || p.has_tree_mask || p.has_extra_segment || p.cp_world > 1) return "no index lists, tree masks, extra segments or context parallel";
+  if (p.topk > 0 || p.has_tree_mask || p.has_extra_segment || p.cp_world > 1)
+    return "no index lists, tree masks, extra segments or context parallel";
   if (p.is_debug) return "MLA_PROBLEM_DEBUG: device-side values are checked by CPU plans only";
   if (!(p.softmax_scale > 0.0f)) return "softmax_scale must be positive";
-  if (p.page_size > INT32_MAX / 2 || p.max_len > INT32_MAX - 2 * sm90::kBlockTokens) return "lengths must fit into 31 bits";
+  if (p.page_size > INT32_MAX / 2 || p.max_len > INT32_MAX - 2 * sm90::kBlockTokens)
+    return "lengths must fit into 31 bits";
   std::string reason;
   if (device_count(&reason) <= p.device_id) return reason.empty() ? "there is no such CUDA device" : reason;
   return device_info(p.device_id).refusal;
@@ -81,10 +84,12 @@ size_t spreading_bytes(int64_t ctas, int multiprocessors) {
 // Lets a kernel have so many dynamic bytes. All kernels ask for the largest share of the multiprocessor's memory, as decode needs it:
 // another split between shared memory and cache would be changed between the kernels of a call.
 Status set_shared_memory(const void* kernel, size_t bytes) {
-  MLA_RETURN_IF_ERROR(to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-                                "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)"));
-  return to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-                   "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
+  MLA_RETURN_IF_ERROR(
+      to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)"));
+  return to_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
 }
 
 Status make_plan(Plan& plan) {
@@ -109,9 +114,15 @@ Status run_schedule(const Plan& plan, const ScheduleCall& call, void* stream) {
   const Problem& p = plan.problem;
   const CurrentDevice current(p.device_id);
   MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
-  const sm90::ScheduleParams params{plan.config,        plan.layout(), call.schedule,
-                                    call.cache_seqlens, call.cu_seqlens_q, call.batch,
-                                    static_cast<int32_t>(p.q_len), p.max_len, p.max_q_tokens};
+  const sm90::ScheduleParams params{plan.config,
+                                    plan.layout(),
+                                    call.schedule,
+                                    call.cache_seqlens,
+                                    call.cu_seqlens_q,
+                                    call.batch,
+                                    static_cast<int32_t>(p.q_len),
+                                    p.max_len,
+                                    p.max_q_tokens};
   return launch(sm90::schedule_kernel_handle(), "schedule kernel", {dim3(1), sm90::kScheduleThreads}, params, stream);
 }
 
@@ -121,8 +132,8 @@ struct RowMaps {
   CUtensorMap* rope;
 };
 
-Status encode_maps(const layout::TmaSource& row, const void* rope_data, const layout::TmaSource& rope_row, const sm90::DecodeConfig& config,
-                   const char* name, const char* rope_name, const RowMaps& maps) {
+Status encode_maps(const layout::TmaSource& row, const void* rope_data, const layout::TmaSource& rope_row,
+                   const sm90::DecodeConfig& config, const char* name, const char* rope_name, const RowMaps& maps) {
   MLA_RETURN_IF_ERROR(encode_tensor_map(layout::make_box(row), config.dtype, name, maps.latent));
   if (!config.has_rope()) return Status::ok();
   layout::TmaSource rope = rope_data != nullptr ? rope_row : row;
@@ -134,8 +145,16 @@ Status encode_maps(const layout::TmaSource& row, const void* rope_data, const la
 
 layout::TmaSource q_source(const Plan& plan, const DecodeCall& call, const RowView& q) {
   const Problem& p = plan.problem;
-  return {q.data,         p.q_heads,           q.head_stride, sm90::kLatentGroups, p.is_ragged ? call.q_tokens : p.q_len,
-          q.token_stride, p.is_ragged ? 1 : call.batch, q.batch_stride,  layout::run_rows(p.heads_per_kv_head()), sm90::kLatentGroups};
+  return {q.data,
+          p.q_heads,
+          q.head_stride,
+          sm90::kLatentGroups,
+          p.is_ragged ? call.q_tokens : p.q_len,
+          q.token_stride,
+          p.is_ragged ? 1 : call.batch,
+          q.batch_stride,
+          layout::run_rows(p.heads_per_kv_head()),
+          sm90::kLatentGroups};
 }
 
 // A cache without pages is seen as 128 bytes of something readable: every page id is then outside but 0, which no valid call uses.
@@ -144,7 +163,8 @@ layout::TmaSource kv_source(const Plan& plan, const DecodeCall& call, const Cach
   const int32_t run = layout::run_rows(p.page_size);
   const int32_t box_groups = run == layout::kSlotRows ? sm90::kLatentGroups : 1;
   if (kv.pages == 0) return {call.schedule, 1, 0, 1, 1, 0, 1, 0, run, box_groups};
-  return {kv.data, p.page_size, kv.token_stride, sm90::kLatentGroups, p.kv_heads, kv.head_stride, kv.pages, kv.page_stride, run, box_groups};
+  return {kv.data,        p.page_size, kv.token_stride, sm90::kLatentGroups, p.kv_heads, kv.head_stride, kv.pages,
+          kv.page_stride, run,         box_groups};
 }
 
 sm90::ResultParams result_params(const Plan& plan, const DecodeCall& call) {
@@ -188,7 +208,8 @@ CombineShape combine_shape(const PlanShape& shape, int32_t batch, int multiproce
   CombineShape c{};
   c.is_by_item = shape.config.chunk_blocks > 0 || items <= cut_places;
   c.warps_of_tile = warps_of_tile(shape, items, tiles, multiprocessors);
-  const int64_t tiles_of_cta = c.warps_of_tile > 1 ? sm90::kCombineWarps / c.warps_of_tile : sm90::kCombineWarps * sm90::kCombineTiles;
+  const int64_t tiles_of_cta =
+      c.warps_of_tile > 1 ? sm90::kCombineWarps / c.warps_of_tile : sm90::kCombineWarps * sm90::kCombineTiles;
   const int64_t columns = c.is_by_item ? items : cut_places, ctas = ceil_div(tiles, tiles_of_cta);
   c.launch = {dim3(static_cast<unsigned>(columns), static_cast<unsigned>(ctas)), sm90::kCombineThreads, 1,
               spreading_bytes(columns * ctas, multiprocessors)};
@@ -203,10 +224,11 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
 
   sm90::DecodeParams params{};
-  MLA_RETURN_IF_ERROR(encode_maps(q_source(plan, call, call.q), call.q_rope.data, q_source(plan, call, call.q_rope), state.variant->config, "q",
-                                  "q_rope", {&params.q_latent, &params.q_rope}));
-  MLA_RETURN_IF_ERROR(encode_maps(kv_source(plan, call, call.kv), call.kv_rope.data, kv_source(plan, call, call.kv_rope),
-                                  state.variant->config, "kv_cache", "kv_rope", {&params.kv_latent, &params.kv_rope}));
+  MLA_RETURN_IF_ERROR(encode_maps(q_source(plan, call, call.q), call.q_rope.data, q_source(plan, call, call.q_rope),
+                                  state.variant->config, "q", "q_rope", {&params.q_latent, &params.q_rope}));
+  MLA_RETURN_IF_ERROR(encode_maps(kv_source(plan, call, call.kv), call.kv_rope.data,
+                                  kv_source(plan, call, call.kv_rope), state.variant->config, "kv_cache", "kv_rope",
+                                  {&params.kv_latent, &params.kv_rope}));
   params.config = plan.config;
   params.layout = plan.layout();
   params.schedule = call.schedule;
@@ -220,26 +242,34 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.is_causal = p.is_causal;
   const PlanShape& shape = state.shape;
   MLA_RETURN_IF_ERROR(launch(state.variant->kernel(), state.variant->name,
-                             {dim3(static_cast<unsigned>(shape.tiles), static_cast<unsigned>(shape.config.parts)), sm90::kThreads,
-                              static_cast<unsigned>(shape.cluster), state.variant->shared_bytes},
+                             {dim3(static_cast<unsigned>(shape.tiles), static_cast<unsigned>(shape.config.parts)),
+                              sm90::kThreads, static_cast<unsigned>(shape.cluster), state.variant->shared_bytes},
                              params, stream));
 
   const CombineShape combine = combine_shape(shape, call.batch, device_info(p.device_id).multiprocessors);
   if (combine.launch.grid.x == 0) return Status::ok();  // a single part cuts nothing
-  const sm90::CombineParams combine_params{plan.config, plan.layout(), call.schedule, params.result, call.batch,
-                                           static_cast<int32_t>(p.q_len), combine.warps_of_tile, combine.is_by_item ? shape.items_per_request : 0};
-  return launch(sm90::combine_kernel_handle(p.q_dtype, combine.warps_of_tile > 1), "combine kernel", combine.launch, combine_params, stream);
+  const sm90::CombineParams combine_params{plan.config,
+                                           plan.layout(),
+                                           call.schedule,
+                                           params.result,
+                                           call.batch,
+                                           static_cast<int32_t>(p.q_len),
+                                           combine.warps_of_tile,
+                                           combine.is_by_item ? shape.items_per_request : 0};
+  return launch(sm90::combine_kernel_handle(p.q_dtype, combine.warps_of_tile > 1), "combine kernel", combine.launch,
+                combine_params, stream);
 }
 
 Status run_merge(const Context&, const MergeCall& call, void* stream) {
-  if (!device_info(call.device_id).is_sm90) return unsupported("out_parts: %s", device_info(call.device_id).refusal.c_str());
+  if (!device_info(call.device_id).is_sm90)
+    return unsupported("out_parts: %s", device_info(call.device_id).refusal.c_str());
   const CurrentDevice current(call.device_id);
   MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
   const int64_t rows = call.tokens * call.heads;
   if (rows == 0) return Status::ok();
   constexpr int64_t kRowsOfCta = sm90::kMergeThreads / 32;
-  return launch(sm90::merge_kernel_handle(), "merge kernel", {dim3(static_cast<unsigned>(ceil_div(rows, kRowsOfCta))), sm90::kMergeThreads}, call,
-                stream);
+  return launch(sm90::merge_kernel_handle(), "merge kernel",
+                {dim3(static_cast<unsigned>(ceil_div(rows, kRowsOfCta))), sm90::kMergeThreads}, call, stream);
 }
 
 }  // namespace
@@ -248,7 +278,7 @@ Status run_merge(const Context&, const MergeCall& call, void* stream) {
 
 namespace mla {
 
-const Backend kSm90Backend{"sm90",           DeviceType::kCuda,  cuda::why_unavailable, cuda::why_unsupported,
+const Backend kSm90Backend{"sm90",          DeviceType::kCuda,  cuda::why_unavailable, cuda::why_unsupported,
                            cuda::make_plan, cuda::run_schedule, cuda::run_decode,      cuda::run_merge};
 
 }  // namespace mla

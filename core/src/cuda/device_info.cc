@@ -13,14 +13,17 @@ DeviceInfo read_device(int ordinal) {
   int major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&info.max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
   const std::string name = "CUDA device " + std::to_string(ordinal);
   if (error != cudaSuccess) {
     cudaGetLastError();  // reported here, not by the caller's next check
     info.refusal = name + " cannot be asked: " + cudaGetErrorName(error);
   } else if (major != 9 || minor != 0) {
-    info.refusal = name + " has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", the kernels need 9.0 (Hopper)";
+    info.refusal = name + " has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+                   ", the kernels need 9.0 (Hopper)";
   } else {
     info.is_sm90 = true;
   }
@@ -35,8 +38,9 @@ int device_count(std::string* reason) {
   if (error == cudaSuccess && count > 0) return count;
   if (error != cudaSuccess) cudaGetLastError();
   *reason = error == cudaSuccess || error == cudaErrorNoDevice ? std::string("no CUDA device")
-            : error == cudaErrorInsufficientDriver             ? std::string("no CUDA driver, or one older than this build's CUDA runtime needs")
-                                                               : std::string("CUDA: ") + cudaGetErrorName(error);
+            : error == cudaErrorInsufficientDriver
+                ? std::string("no CUDA driver, or one older than this build's CUDA runtime needs")
+                : std::string("CUDA: ") + cudaGetErrorName(error);
   return 0;
 }
 

@@ -24,7 +24,8 @@ Status tensor_map_encoder(TensorMapEncodeTiledFn* out) {
   static const EntryPoint entry = look_up(kName, 12000);
   MLA_RETURN_IF_ERROR(to_status(entry.error, "cudaGetDriverEntryPointByVersion"));
   if (entry.result != cudaDriverEntryPointSuccess || entry.function == nullptr) {
-    return make_status(MLA_NO_DRIVER, "driver: expected the entry point %s (CUDA 12.0), got a driver without it", kName);
+    return make_status(MLA_NO_DRIVER, "driver: expected the entry point %s (CUDA 12.0), got a driver without it",
+                       kName);
   }
   *out = reinterpret_cast<TensorMapEncodeTiledFn>(entry.function);
   return Status::ok();

@@ -12,8 +12,8 @@ namespace mla::cuda {
 
 struct PlanShape {
   schedule::Config config;
-  int32_t tiles;              // CTAs of 64 rows that walk an item's keys together
-  int32_t cluster;            // of them, so many form a cluster
+  int32_t tiles;    // CTAs of 64 rows that walk an item's keys together
+  int32_t cluster;  // of them, so many form a cluster
   layout::PartialLayout partial;
   int32_t items_per_request;  // the most
 
@@ -42,7 +42,8 @@ inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   c.parts = std::clamp(multiprocessors / shape.tiles, 1, sm90::kCombineThreads);  // combine has a thread for each
   c.overhead_blocks = 4;
   c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;
-  shape.partial.strips = static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));
+  shape.partial.strips =
+      static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));
   shape.items_per_request = static_cast<int32_t>(c.items(p.q_len));
   c.slots = c.chunk_blocks > 0 ? fixed_chunk_slots(p, c, shape.items_per_request) : 2 * int64_t{c.parts};
   return shape;

@@ -14,7 +14,7 @@ struct SmemPlan {
   uint32_t slots, slot_bytes;  // ring of 32-row slots
   uint32_t q_bytes;            // the column groups of Q that are not in registers
   uint32_t p_stages, p_bytes;
-  uint32_t control_bytes;      // barriers, work, row scales
+  uint32_t control_bytes;  // barriers, work, row scales
 
   MLA_HD constexpr uint32_t slot(uint32_t i) const { return i * slot_bytes; }
   MLA_HD constexpr uint32_t q() const { return slots * slot_bytes; }
@@ -22,8 +22,8 @@ struct SmemPlan {
   MLA_HD constexpr uint32_t control() const { return p(p_stages); }
   MLA_HD constexpr uint32_t bytes() const { return control() + control_bytes; }
   MLA_HD constexpr bool is_valid() const {
-    return slot_bytes % kSwizzleAtomBytes == 0 && q_bytes % kSwizzleAtomBytes == 0 && p_bytes % kSwizzleAtomBytes == 0 &&
-           bytes() <= kMaxSharedBytes;
+    return slot_bytes % kSwizzleAtomBytes == 0 && q_bytes % kSwizzleAtomBytes == 0 &&
+           p_bytes % kSwizzleAtomBytes == 0 && bytes() <= kMaxSharedBytes;
   }
 };
 

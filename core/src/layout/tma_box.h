@@ -27,8 +27,11 @@ MLA_HD constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 
 // A slot is filled by runs: the most rows that one box can always take without leaving a page (or a query token), whatever the row it
 // starts at.
-MLA_HD constexpr int run_rows(int64_t rows_together) { return gcd(static_cast<int>(rows_together % kSlotRows), kSlotRows); }
-static_assert(run_rows(64) == 32 && run_rows(256) == 32 && run_rows(16) == 16 && run_rows(48) == 16 && run_rows(1) == 1 && run_rows(63) == 1);
+MLA_HD constexpr int run_rows(int64_t rows_together) {
+  return gcd(static_cast<int>(rows_together % kSlotRows), kSlotRows);
+}
+static_assert(run_rows(64) == 32 && run_rows(256) == 32 && run_rows(16) == 16 && run_rows(48) == 16 &&
+              run_rows(1) == 1 && run_rows(63) == 1);
 
 struct TmaSource {
   const void* base;
@@ -46,7 +49,8 @@ MLA_HD constexpr TmaBox make_box(const TmaSource& s) {
   // The stride of a dimension of one element is never used, but has to be legal.
   return {s.base,
           {kGroupColumns, s.rows, s.groups, s.outer, s.outermost},
-          {s.rows > 1 ? s.row_stride * kElementBytes : kGroupStride, kGroupStride, s.outer > 1 ? s.outer_stride * kElementBytes : kGroupStride,
+          {s.rows > 1 ? s.row_stride * kElementBytes : kGroupStride, kGroupStride,
+           s.outer > 1 ? s.outer_stride * kElementBytes : kGroupStride,
            s.outermost > 1 ? s.outermost_stride * kElementBytes : kGroupStride},
           {kGroupColumns, s.run, s.box_groups, 1, 1}};
 }

@@ -11,23 +11,10 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+
+from hopper import WHY_NOT  # noqa: E402
+
 SECONDS_OF_A_TEST = 60
-
-
-def _why_not() -> str:
-    try:
-        import torch
-    except ImportError:
-        return "torch is not installed"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.cuda.get_device_capability(0) != (9, 0):
-        return f"device 0 is {torch.cuda.get_device_name(0)}, the kernels need compute capability 9.0"
-    return ""
-
-
-WHY_NOT = _why_not()
-collect_ignore_glob = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,9 @@
-"""Whether this machine can run the GPU tests: the one test that is collected where it cannot."""
+"""Says why the GPU tests do not run: the one test that is collected on every machine."""
 
 import pytest
-
-import conftest
+from hopper import WHY_NOT
 
 
 def test_this_machine_has_a_hopper_gpu() -> None:
-    if conftest.WHY_NOT:
-        pytest.skip(conftest.WHY_NOT)
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)

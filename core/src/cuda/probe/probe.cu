@@ -26,8 +26,8 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 }
 
 __device__ __forceinline__ void bulk_load(uint32_t shared, const std::byte* global, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes),
-               "r"(barrier)
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
                : "memory");
 }
 
@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(32) read_slots(const std::byte* cache, const i
     const uint32_t slot = loaded % kSlots, barrier = ptx::shared_address(&barriers[slot]);
     if (loaded >= static_cast<int32_t>(kSlots)) wait(barrier, (loaded / kSlots - 1) & 1);
     ptx::mbarrier_arrive_expect_tx(barrier, bytes);
-    bulk_load(ptx::shared_address(shared) + slot * bytes, cache + static_cast<int64_t>(order[i]) * bytes, bytes, barrier);
+    bulk_load(ptx::shared_address(shared) + slot * bytes, cache + static_cast<int64_t>(order[i]) * bytes, bytes,
+              barrier);
   }
   for (int32_t i = loaded < static_cast<int32_t>(kSlots) ? 0 : loaded - kSlots; i < loaded; ++i) {
     wait(ptx::shared_address(&barriers[i % kSlots]), (i / kSlots) & 1);
@@ -65,7 +66,8 @@ __global__ void __launch_bounds__(3 * kMathThreads, 1) multiply(const std::byte*
   if (warpgroup == 0) {
     uint32_t q[kConfig.q_register_steps()][4];
     for (int s = 0; s < kConfig.q_register_steps(); ++s) {
-      for (int i = 0; i < 4; ++i) q[s][i] = reinterpret_cast<const uint32_t*>(shared)[(s * 4 + i) * kMathThreads + threadIdx.x];
+      for (int i = 0; i < 4; ++i)
+        q[s][i] = reinterpret_cast<const uint32_t*>(shared)[(s * 4 + i) * kMathThreads + threadIdx.x];
     }
     for (int32_t r = 0; r < rounds; ++r) {
       float s[16] = {};
@@ -73,11 +75,13 @@ __global__ void __launch_bounds__(3 * kMathThreads, 1) multiply(const std::byte*
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kConfig.q_register_steps(); ++step) {
-        ptx::wgmma_m64n32k16_rs<kConfig.dtype>(s, q[step], k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, 1);
+        ptx::wgmma_m64n32k16_rs<kConfig.dtype>(
+            s, q[step], k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, 1);
       }
 #pragma unroll
       for (int step = kConfig.q_register_steps(); step < kConfig.q_steps(); ++step) {
-        ptx::wgmma_m64n32k16_ss<kConfig.dtype>(s, k + step % 4 * 2, k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, 1);
+        ptx::wgmma_m64n32k16_ss<kConfig.dtype>(
+            s, k + step % 4 * 2, k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, 1);
       }
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<0>();
@@ -93,7 +97,9 @@ __global__ void __launch_bounds__(3 * kMathThreads, 1) multiply(const std::byte*
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         ptx::wgmma_m64n128k16_ss_t<kConfig.dtype>(o[0], p + 2 * step, v + step * ptx::descriptor_step(2048), 1);
-        ptx::wgmma_m64n128k16_ss_t<kConfig.dtype>(o[1], p + 2 * step, v + step * ptx::descriptor_step(2048) + ptx::descriptor_step(2 * layout::kGroupBytes), 1);
+        ptx::wgmma_m64n128k16_ss_t<kConfig.dtype>(
+            o[1], p + 2 * step, v + step * ptx::descriptor_step(2048) + ptx::descriptor_step(2 * layout::kGroupBytes),
+            1);
       }
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<0>();
@@ -111,14 +117,18 @@ __global__ void __launch_bounds__(3 * kMathThreads, 1) multiply(const std::byte*
 extern "C" {
 
 // Bytes of what one unit of `pages` reads.
-__attribute__((visibility("default"))) int64_t mlakit_probe_slot_bytes() { return mla::cuda::probe::kConfig.slot_bytes(); }
+__attribute__((visibility("default"))) int64_t mlakit_probe_slot_bytes() {
+  return mla::cuda::probe::kConfig.slot_bytes();
+}
 
 // Reads `slots` slots of the cache in the given order. Returns a cudaError_t.
-__attribute__((visibility("default"))) int mlakit_probe_pages(const void* cache, const int32_t* order, int32_t slots, int32_t ctas, void* stream) {
+__attribute__((visibility("default"))) int mlakit_probe_pages(const void* cache, const int32_t* order, int32_t slots,
+                                                              int32_t ctas, void* stream) {
   using namespace mla::cuda::probe;
   cudaError_t error = cudaFuncSetAttribute(read_slots, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  read_slots<<<static_cast<unsigned>(ctas), 32, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(static_cast<const std::byte*>(cache), order, slots);
+  read_slots<<<static_cast<unsigned>(ctas), 32, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const std::byte*>(cache), order, slots);
   return cudaGetLastError();
 }
 
@@ -126,12 +136,13 @@ __attribute__((visibility("default"))) int mlakit_probe_pages(const void* cache,
 __attribute__((visibility("default"))) double mlakit_probe_products_flop() { return 2.0 * 64 * 32 * (576 + 512); }
 
 // data: at least 5 slots of random bf16. Returns a cudaError_t.
-__attribute__((visibility("default"))) int mlakit_probe_products(const void* data, int32_t rounds, int32_t ctas, float* sink, void* stream) {
+__attribute__((visibility("default"))) int mlakit_probe_products(const void* data, int32_t rounds, int32_t ctas,
+                                                                 float* sink, void* stream) {
   using namespace mla::cuda::probe;
   cudaError_t error = cudaFuncSetAttribute(multiply, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  multiply<<<static_cast<unsigned>(ctas), 3 * mla::cuda::sm90::kMathThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const std::byte*>(data), rounds, sink);
+  multiply<<<static_cast<unsigned>(ctas), 3 * mla::cuda::sm90::kMathThreads, kSharedBytes,
+             static_cast<cudaStream_t>(stream)>>>(static_cast<const std::byte*>(data), rounds, sink);
   return cudaGetLastError();
 }
 }

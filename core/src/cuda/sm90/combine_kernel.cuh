@@ -23,14 +23,15 @@ __device__ __forceinline__ schedule::Boundary item_of_block(const CombineParams&
     return {request, static_cast<int32_t>(blockIdx.x) % p.items_per_request, 0, 0};
   }
   const schedule::Boundary before = view.boundary()[blockIdx.x], at = view.boundary()[blockIdx.x + 1];
-  const bool is_first_cut = at.block > 0 && !(before.request == at.request && before.item == at.item && before.block > 0);
+  const bool is_first_cut =
+      at.block > 0 && !(before.request == at.request && before.item == at.item && before.block > 0);
   return is_first_cut && at.request < p.batch ? schedule::Boundary{at.request, at.item, 0, 0} : none;
 }
 
 // Lists the slots of the item's pieces in order, from number `round` on, as many as the CTA has threads; returns how many. Every thread
 // calls this. balanced: a thread for each part (a plan has no more), so there is one round.
-__device__ __forceinline__ int list_slots(const CombineParams& p, const schedule::ConstView& view, const schedule::Boundary& item, int64_t round,
-                                          int32_t* s_slots) {
+__device__ __forceinline__ int list_slots(const CombineParams& p, const schedule::ConstView& view,
+                                          const schedule::Boundary& item, int64_t round, int32_t* s_slots) {
   const int32_t thread = threadIdx.x;
   if (p.config.chunk_blocks > 0) {
     if (item.request >= view.header()->batch) return 0;
@@ -40,8 +41,10 @@ __device__ __forceinline__ int list_slots(const CombineParams& p, const schedule
     return __syncthreads_count(round + thread < chunks);
   }
   const bool is_part = thread < p.config.parts;
-  const schedule::Boundary begin = view.boundary()[is_part ? thread : 0], end = view.boundary()[is_part ? thread + 1 : 0];
-  const bool begins_in_time = begin.request < item.request || (begin.request == item.request && begin.item <= item.item);
+  const schedule::Boundary begin = view.boundary()[is_part ? thread : 0],
+                           end = view.boundary()[is_part ? thread + 1 : 0];
+  const bool begins_in_time =
+      begin.request < item.request || (begin.request == item.request && begin.item <= item.item);
   const bool reaches = is_part && schedule::is_before(item, end);  // past the item's first cell
   const bool is_inside = begin.request == item.request && begin.item == item.item && begin.block > 0;
   const bool is_empty = is_inside && end.request == item.request && end.item == item.item && end.block == begin.block;
@@ -67,8 +70,10 @@ struct Merge {
       sum[r] *= factor;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        if (r == 0) o[t] = {o[t].x * factor, o[t].y * factor, o[t].z, o[t].w};
-        else o[t] = {o[t].x, o[t].y, o[t].z * factor, o[t].w * factor};
+        if (r == 0)
+          o[t] = {o[t].x * factor, o[t].y * factor, o[t].z, o[t].w};
+        else
+          o[t] = {o[t].x, o[t].y, o[t].z * factor, o[t].w * factor};
       }
     }
   }
@@ -77,16 +82,16 @@ struct Merge {
     sum[1] += weight[1];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      o[t] = {fmaf(weight[0], partial[t].x, o[t].x), fmaf(weight[0], partial[t].y, o[t].y), fmaf(weight[1], partial[t].z, o[t].z),
-              fmaf(weight[1], partial[t].w, o[t].w)};
+      o[t] = {fmaf(weight[0], partial[t].x, o[t].x), fmaf(weight[0], partial[t].y, o[t].y),
+              fmaf(weight[1], partial[t].z, o[t].z), fmaf(weight[1], partial[t].w, o[t].w)};
     }
   }
 };
 
 // Adds the partials slots[first], slots[first + stride], ... below count; kAtOnce of them are loaded together.
 template <int kTiles, int kAtOnce>
-__device__ __forceinline__ void merge_slots(const ResultParams& result, const int32_t* slots, int first, int stride, int count, int strip,
-                                            int tile, int lane, Merge<kTiles>& m) {
+__device__ __forceinline__ void merge_slots(const ResultParams& result, const int32_t* slots, int first, int stride,
+                                            int count, int strip, int tile, int lane, Merge<kTiles>& m) {
 #pragma unroll 1
   for (int i = first; i < count; i += stride * kAtOnce) {
     float lse[kAtOnce][2];
@@ -97,7 +102,9 @@ __device__ __forceinline__ void merge_slots(const ResultParams& result, const in
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
-        lse[u][r] = slot >= 0 ? result.partial_lse[result.partial.lse_offset(slot, row)] : slot == kDropped ? NAN : -INFINITY;
+        lse[u][r] = slot >= 0          ? result.partial_lse[result.partial.lse_offset(slot, row)]
+                    : slot == kDropped ? NAN
+                                       : -INFINITY;
       }
       const float* source = result.partial_out + result.partial.out_offset(slot, strip, tile, lane);
 #pragma unroll
@@ -108,7 +115,8 @@ __device__ __forceinline__ void merge_slots(const ResultParams& result, const in
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       m.raise(lse[u]);
-      const float weight[2] = {math::merge_weight(lse[u][0], m.maximum[0]), math::merge_weight(lse[u][1], m.maximum[1])};
+      const float weight[2] = {math::merge_weight(lse[u][0], m.maximum[0]),
+                               math::merge_weight(lse[u][1], m.maximum[1])};
       m.add(weight, o[u]);
     }
   }
@@ -136,13 +144,14 @@ __device__ __forceinline__ void join_warps(SharedMerge& s, int warp, int lane, i
                              state.y == m.maximum[1] ? 1.0f : exp2f(state.y - m.maximum[1])};
     m.sum[0] += weight[0] * state.z;
     m.sum[1] += weight[1] * state.w;
-    m.o[0] = {fmaf(weight[0], o.x, m.o[0].x), fmaf(weight[0], o.y, m.o[0].y), fmaf(weight[1], o.z, m.o[0].z), fmaf(weight[1], o.w, m.o[0].w)};
+    m.o[0] = {fmaf(weight[0], o.x, m.o[0].x), fmaf(weight[0], o.y, m.o[0].y), fmaf(weight[1], o.z, m.o[0].z),
+              fmaf(weight[1], o.w, m.o[0].w)};
   }
 }
 
 template <DType kDType, int kTiles>
-__device__ __forceinline__ void finish_strip(const CombineParams& p, const Work& work, int32_t rows, int strip, int tile, int lane,
-                                             const Merge<kTiles>& m) {
+__device__ __forceinline__ void finish_strip(const CombineParams& p, const Work& work, int32_t rows, int strip,
+                                             int tile, int lane, const Merge<kTiles>& m) {
 #pragma unroll 1
   for (int r = 0; r < 2; ++r) {
     const int32_t item_row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
@@ -150,31 +159,43 @@ __device__ __forceinline__ void finish_strip(const CombineParams& p, const Work&
     const int32_t row = work.first_row + item_row;
     const float sum = r == 0 ? m.sum[0] : m.sum[1];
     const float lse_log2 = math::merged_lse(r == 0 ? m.maximum[0] : m.maximum[1], sum);
-    const float factor =
-        math::safe_reciprocal(sum) * finish_whole_row(p.result, p.config, work, row, lse_log2, tile == 0 && lane % 4 == 0);
-    const int64_t offset = row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, row) + tile * PartialLayout::kTileColumns;
+    const float factor = math::safe_reciprocal(sum) *
+                         finish_whole_row(p.result, p.config, work, row, lse_log2, tile == 0 && lane % 4 == 0);
+    const int64_t offset =
+        row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, row) + tile * PartialLayout::kTileColumns;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const float low = r == 0 ? m.o[t].x : m.o[t].z, high = r == 0 ? m.o[t].y : m.o[t].w;
-      store_pair<kDType>(p.result.out.data, offset + t * PartialLayout::kTileColumns + lane % 4 * 2, p.result.is_out_fp32,
-                         factor == 0.0f ? 0.0f : low * factor, factor == 0.0f ? 0.0f : high * factor);
+      store_pair<kDType>(p.result.out.data, offset + t * PartialLayout::kTileColumns + lane % 4 * 2,
+                         p.result.is_out_fp32, factor == 0.0f ? 0.0f : low * factor,
+                         factor == 0.0f ? 0.0f : high * factor);
     }
   }
 }
 
 // Grid (items or parts, CTAs for each). kTiles: of a warp; 1: p.warps_of_tile warps share one.
 template <DType kDType, int kTiles>
-__global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 4 : 3) combine_kernel(const __grid_constant__ CombineParams p) {
+__global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 4 : 3)
+    combine_kernel(const __grid_constant__ CombineParams p) {
   __shared__ int32_t s_slots[kCombineThreads];
   __shared__ SharedMerge s_merge;
   // I4: decode waited for the schedule before it let this kernel start, so the schedule may be read before the wait.
   const schedule::ConstView view(p.schedule, p.layout);
   const schedule::Boundary item = item_of_block(p, view);
   int count = item.request < p.batch ? list_slots(p, view, item, 0, s_slots) : 0;
-  ptx::griddepcontrol_wait();  // also by CTAs with nothing to do: no kernel of the stream may overtake decode through this one
+  ptx::
+      griddepcontrol_wait();  // also by CTAs with nothing to do: no kernel of the stream may overtake decode through this one
   ptx::griddepcontrol_launch_dependents();
   if (count < 2) return;
-  Work work{item.request, 0, 0, 0, p.q_len, 0, item.item / p.config.kv_heads * p.config.item_rows, item.item % p.config.kv_heads, kWholeItem};
+  Work work{item.request,
+            0,
+            0,
+            0,
+            p.q_len,
+            0,
+            item.item / p.config.kv_heads * p.config.item_rows,
+            item.item % p.config.kv_heads,
+            kWholeItem};
   if (p.result.is_ragged) {
     work.q_tokens = view.q_tokens(item.request);
     work.q_begin = view.q_begin()[item.request];
@@ -187,7 +208,9 @@ __global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 4 : 3) combine_
   const bool has_rows = strip * PartialLayout::kStripRows < rows;
   Merge<kTiles> m;
   for (int64_t round = 0;;) {
-    if (has_rows) merge_slots<kTiles, kTiles == 1 ? 4 : 1>(p.result, s_slots, warp % warps_of_tile, warps_of_tile, count, strip, tile, lane, m);
+    if (has_rows)
+      merge_slots<kTiles, kTiles == 1 ? 4 : 1>(p.result, s_slots, warp % warps_of_tile, warps_of_tile, count, strip,
+                                               tile, lane, m);
     if (count < kCombineThreads) break;
     round += kCombineThreads;
     __syncthreads();

@@ -6,21 +6,22 @@
 
 namespace mla::cuda::sm90 {
 
-inline constexpr int kBlockTokens = 64;     // unit of the schedule: two slots
-inline constexpr int kTileRows = 64;        // rows of a CTA
-inline constexpr int kMaxTiles = 4;         // row tiles (CTAs) that walk the same keys at the same time
+inline constexpr int kBlockTokens = 64;  // unit of the schedule: two slots
+inline constexpr int kTileRows = 64;     // rows of a CTA
+inline constexpr int kMaxTiles = 4;      // row tiles (CTAs) that walk the same keys at the same time
 inline constexpr int kValueDim = 512;
-inline constexpr int kHalfColumns = 256;    // output columns of one output warpgroup
-inline constexpr int kQuarterColumns = 128; // of one accumulator: m64n256 needs 154 registers at launch, and 512 threads have 128 (C7602)
-inline constexpr int kLatentGroups = 8;     // column groups of the value part
-inline constexpr int kThreads = 512;        // four warpgroups
+inline constexpr int kHalfColumns = 256;  // output columns of one output warpgroup
+inline constexpr int kQuarterColumns =
+    128;  // of one accumulator: m64n256 needs 154 registers at launch, and 512 threads have 128 (C7602)
+inline constexpr int kLatentGroups = 8;  // column groups of the value part
+inline constexpr int kThreads = 512;     // four warpgroups
 inline constexpr int kMathThreads = 128;
 
 inline constexpr int kScheduleThreads = 512;
 inline constexpr int kCombineWarps = 8;
 inline constexpr int kCombineThreads = 32 * kCombineWarps;
-inline constexpr int kCombineTiles = 4;     // of a warp, where items are cut into few pieces
-inline constexpr int kMergeThreads = 128;   // of the kernel behind mla_merge
+inline constexpr int kCombineTiles = 4;    // of a warp, where items are cut into few pieces
+inline constexpr int kMergeThreads = 128;  // of the kernel behind mla_merge
 
 struct DecodeConfig {
   DType dtype;

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
   Control* control = reinterpret_cast<Control*>(shared + smem_plan<kCfg>().control());
   const int warpgroup = __shfl_sync(ptx::kWholeWarp, static_cast<int>(threadIdx.x) / kMathThreads, 0);
   const int thread = threadIdx.x % kMathThreads;
-  const RoleContext ctx{ptx::shared_address(shared), ptx::shared_address(control->barriers), control, thread / 32, thread % 32, thread};
+  const RoleContext ctx{
+      ptx::shared_address(shared), ptx::shared_address(control->barriers), control, thread / 32, thread % 32, thread};
   const int tile = blockIdx.x;
   if (threadIdx.x == 0) init_barriers(ctx.barriers);
   if (threadIdx.x == kThreads - 1) {
@@ -60,9 +61,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
 }  // namespace mla::cuda::sm90
 
 // In a file of its own each: compiles the variant and defines its handle.
-#define MLA_INSTANTIATE(name)                                                                          \
-  namespace mla::cuda::sm90 {                                                                          \
-  const void* decode_kernel(Variant_##name) {                                                          \
-    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name>);                        \
-  }                                                                                                    \
+#define MLA_INSTANTIATE(name)                                                   \
+  namespace mla::cuda::sm90 {                                                   \
+  const void* decode_kernel(Variant_##name) {                                   \
+    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name>); \
+  }                                                                             \
   }

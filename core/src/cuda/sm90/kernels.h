@@ -8,10 +8,10 @@
 namespace mla::cuda::sm90 {
 
 // One struct a variant; variants.inc is the list.
-#define MLA_VARIANT(name, dtype, head_dim)                             \
-  struct Variant_##name {                                              \
-    static constexpr DecodeConfig kConfig{DType::dtype, head_dim};     \
-  };                                                                   \
+#define MLA_VARIANT(name, dtype, head_dim)                         \
+  struct Variant_##name {                                          \
+    static constexpr DecodeConfig kConfig{DType::dtype, head_dim}; \
+  };                                                               \
   const void* decode_kernel(Variant_##name);
 #include "cuda/sm90/variants.inc"
 #undef MLA_VARIANT

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int64_t token = row / call.heads, head = row % call.heads;
   const float unit = call.is_lse_base2 ? 1.0f : math::kLog2e;
   const auto lse_log2 = [&](int64_t part) {
-    return unit * call.lse_parts[part * call.lse_parts_stride[0] + token * call.lse_parts_stride[1] + head * call.lse_parts_stride[2]];
+    return unit * call.lse_parts[part * call.lse_parts_stride[0] + token * call.lse_parts_stride[1] +
+                                 head * call.lse_parts_stride[2]];
   };
   float maximum = -INFINITY, sum = 0.0f;
   for (int64_t part = 0; part < call.parts; ++part) maximum = math::max_keep_nan(maximum, lse_log2(part));
@@ -46,10 +47,12 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     for (int64_t part = 0; part < call.parts; ++part) {
       const float weight = math::merge_weight(lse_log2(part), maximum);
       if (weight == 0.0f) continue;  // saw nothing: its out counts for nothing, whatever it holds
-      const int64_t offset = part * call.out_parts_stride[0] + token * call.out_parts_stride[1] + head * call.out_parts_stride[2] + column;
+      const int64_t offset =
+          part * call.out_parts_stride[0] + token * call.out_parts_stride[1] + head * call.out_parts_stride[2] + column;
       o = fmaf(weight, load_element(call.out_parts, offset, call.in_dtype), o);
     }
-    store_element(call.out, token * call.out_stride[0] + head * call.out_stride[1] + column, call.out_dtype, o * factor);
+    store_element(call.out, token * call.out_stride[0] + head * call.out_stride[1] + column, call.out_dtype,
+                  o * factor);
   }
   if (lane == 0 && call.lse != nullptr) {
     call.lse[token * call.lse_stride[0] + head * call.lse_stride[1]] = math::merged_lse(maximum, sum) / unit;

@@ -13,10 +13,10 @@ namespace mla::cuda::sm90 {
 
 // Where results go and how they are finished; shared by decode and combine.
 struct ResultParams {
-  RowView out;         // element type by is_out_fp32, else that of q
-  RowView lse;         // data = nullptr: not wanted
-  const float* sink;   // nullptr: none
-  float lse_unit;      // what an lse in base 2 is multiplied with: 1, or ln 2
+  RowView out;        // element type by is_out_fp32, else that of q
+  RowView lse;        // data = nullptr: not wanted
+  const float* sink;  // nullptr: none
+  float lse_unit;     // what an lse in base 2 is multiplied with: 1, or ln 2
   bool is_ragged;
   bool is_out_fp32;
   float* partial_out;  // PartialLayout, normalised
@@ -25,7 +25,8 @@ struct ResultParams {
 };
 
 struct DecodeParams {
-  CUtensorMap q_latent, q_rope, kv_latent, kv_rope;  // (column, head | token, column group, token | kv head, request | page)
+  CUtensorMap q_latent, q_rope, kv_latent,
+      kv_rope;  // (column, head | token, column group, token | kv head, request | page)
   schedule::Config config;
   schedule::Layout layout;
   const std::byte* schedule;
@@ -45,9 +46,10 @@ struct CombineParams {
   const std::byte* schedule;
   ResultParams result;
   int32_t batch;
-  int32_t q_len;              // of every request, unless q is ragged
-  int32_t warps_of_tile;      // > 1: that many warps share the pieces of one tile; 1: a warp takes kCombineTiles tiles
-  int32_t items_per_request;  // the most; > 0: blockIdx.x counts items. 0: it counts parts, each standing for the item cut at its begin.
+  int32_t q_len;          // of every request, unless q is ragged
+  int32_t warps_of_tile;  // > 1: that many warps share the pieces of one tile; 1: a warp takes kCombineTiles tiles
+  int32_t
+      items_per_request;  // the most; > 0: blockIdx.x counts items. 0: it counts parts, each standing for the item cut at its begin.
 };
 
 struct ScheduleParams {

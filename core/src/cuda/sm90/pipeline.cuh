@@ -28,7 +28,9 @@ inline constexpr uint32_t kMostTries = 1u << 24;  // each suspends the thread fo
 
 // Where a wait that gave up faults: (1 + Barrier) * 4096 + stage * 16, so that compute-sanitizer and cuda-gdb show which it was. A trap
 // would do, but with one in a role ptxas drops setmaxnreg and spills (nvcc 13.0).
-__device__ __forceinline__ void fault_at(uint64_t address) { asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(0) : "memory"); }
+__device__ __forceinline__ void fault_at(uint64_t address) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(0) : "memory");
+}
 #endif
 
 // Address of barrier kId of a stage, given the address of the first barrier of the table.
@@ -77,7 +79,8 @@ template <uint32_t kIndex = 0>
 __device__ __forceinline__ void init_barriers(uint32_t barriers) {
   constexpr BarrierSpec kSpec = kBarriers[kIndex];
 #pragma unroll
-  for (int stage = 0; stage < kSpec.stages; ++stage) ptx::mbarrier_init(barrier_address<kSpec.id>(barriers, stage), kSpec.arrivals);
+  for (int stage = 0; stage < kSpec.stages; ++stage)
+    ptx::mbarrier_init(barrier_address<kSpec.id>(barriers, stage), kSpec.arrivals);
   if constexpr (kIndex + 1 < static_cast<uint32_t>(Barrier::kCount)) {
     init_barriers<kIndex + 1>(barriers);
   } else {

@@ -12,7 +12,17 @@ inline constexpr int kWorkStages = 4;
 inline constexpr int kPStages = 4;
 inline constexpr int kMaxRingSlots = 6;
 
-enum class Barrier : uint32_t { kSlotFull, kSlotEmpty, kPFull, kPEmpty, kScaleFull, kScaleEmpty, kWorkFull, kWorkEmpty, kCount };
+enum class Barrier : uint32_t {
+  kSlotFull,
+  kSlotEmpty,
+  kPFull,
+  kPEmpty,
+  kScaleFull,
+  kScaleEmpty,
+  kWorkFull,
+  kWorkEmpty,
+  kCount
+};
 
 struct BarrierSpec {
   Barrier id;
@@ -27,15 +37,15 @@ struct BarrierSpec {
 // Slot: 32 keys, or 32 rows of Q. P: weights of one 32-key slot. Scale: what each row of the result is multiplied with. Work: one piece.
 inline constexpr BarrierSpec kBarriers[] = {
     {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the slot's bytes)", "scores, outputs"},
-    {Barrier::kSlotEmpty, "slot_empty", kMaxRingSlots, kOutputWarps, true, "a key slot: each output warp; a Q slot: each score warp twice",
-     "loader"},
+    {Barrier::kSlotEmpty, "slot_empty", kMaxRingSlots, kOutputWarps, true,
+     "a key slot: each output warp; a Q slot: each score warp twice", "loader"},
     {Barrier::kPFull, "p_full", kPStages, kScoreWarps, false, "each score warp", "outputs"},
     {Barrier::kPEmpty, "p_empty", kPStages, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kScaleFull, "scale_full", 1, kScaleWriters, false, "each score thread that wrote scales", "outputs"},
     {Barrier::kScaleEmpty, "scale_empty", 1, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kWorkFull, "work_full", kWorkStages, 1, false, "planner", "loader, scores, outputs"},
-    {Barrier::kWorkEmpty, "work_empty", kWorkStages, 1 + kScoreWarps + kOutputWarps, true, "loader, each score warp, each output warp",
-     "planner"},
+    {Barrier::kWorkEmpty, "work_empty", kWorkStages, 1 + kScoreWarps + kOutputWarps, true,
+     "loader, each score warp, each output warp", "planner"},
 };
 
 consteval int first_barrier(Barrier id) {

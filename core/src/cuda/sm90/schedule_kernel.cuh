@@ -13,11 +13,15 @@ inline constexpr int kPrefixInShared = 2048;  // requests whose cost prefix is s
 
 struct Add {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a + b; }
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Max {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a > b ? a : b; }
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
 };
 
 // Inclusive scan over the CTA, in thread order; total gets the last thread's. s_warp: kScheduleWarps values, free again on return.
@@ -35,7 +39,10 @@ __device__ T block_scan(T x, Op op, T* s_warp, T& total) {
 #pragma unroll
   for (int w = 0; w < kScheduleWarps; ++w) {
     const T sum = s_warp[w];
-    if (w == 0) total = sum; else total = op(total, sum);
+    if (w == 0)
+      total = sum;
+    else
+      total = op(total, sum);
     if (w < warp) before = w == 0 ? sum : op(before, sum);
   }
   __syncthreads();
@@ -47,7 +54,10 @@ __device__ inline int32_t request_at(const int64_t* prefix, int32_t batch, int64
   int32_t begin = 0, end = batch;
   while (begin < end) {
     const int32_t middle = (begin + end) / 2;
-    if (prefix[middle + 1] <= position) begin = middle + 1; else end = middle;
+    if (prefix[middle + 1] <= position)
+      begin = middle + 1;
+    else
+      end = middle;
   }
   return begin;
 }
@@ -71,7 +81,9 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) schedule_kernel(const __g
     int32_t q_begin = r * p.q_len, q_end = q_begin + p.q_len;
     if (p.cu_seqlens_q.data != nullptr) {
       const int64_t given_end = is_request ? p.cu_seqlens_q.data[(r + 1) * p.cu_seqlens_q.stride] : 0;
-      const int32_t end = static_cast<int32_t>(given_end < 0 ? 0 : given_end > p.max_q_tokens ? p.max_q_tokens : given_end);
+      const int32_t end = static_cast<int32_t>(given_end < 0                ? 0
+                                               : given_end > p.max_q_tokens ? p.max_q_tokens
+                                                                            : given_end);
       int32_t total_end;
       q_end = max(block_scan(end, Max{}, s_warp32, total_end), q_end_before);
       __shared__ int32_t s_end[kScheduleThreads];
@@ -85,7 +97,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) schedule_kernel(const __g
     const int64_t my_slots = is_request ? p.config.request_slots(len, q_end - q_begin) : 0;
     int64_t round_cost, round_slots = 0;
     const int64_t cost_end = cost + block_scan(my_cost, Add{}, s_warp64, round_cost);
-    const int64_t slots_end = slots + (p.config.chunk_blocks > 0 ? block_scan(my_slots, Add{}, s_warp64, round_slots) : 0);
+    const int64_t slots_end =
+        slots + (p.config.chunk_blocks > 0 ? block_scan(my_slots, Add{}, s_warp64, round_slots) : 0);
     if (is_request) {
       view.len()[r] = len;
       view.q_begin()[r + 1] = q_end;
@@ -110,8 +123,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) schedule_kernel(const __g
     const int32_t request = part == p.config.parts ? p.batch : request_at(prefix, p.batch, position);
     view.boundary()[part] =
         request >= p.batch ? schedule::Boundary{p.batch, 0, 0, 0}
-                           : schedule::boundary_in_request(p.config, request, position - prefix[request], view.len()[request],
-                                                           p.config.items(view.q_tokens(request)));
+                           : schedule::boundary_in_request(p.config, request, position - prefix[request],
+                                                           view.len()[request], p.config.items(view.q_tokens(request)));
   }
   if (thread == 0) {
     schedule::Header* header = view.header();

@@ -22,14 +22,14 @@ struct Work {
 MLA_HD constexpr int q_slots(int32_t rows_of_tile) { return rows_of_tile > layout::kSlotRows ? 2 : 1; }
 
 inline constexpr int32_t kWholeItem = -1;  // the result is final
-inline constexpr int32_t kDropped = -2;    // no room in scratch (more tokens than the plan's maximum): combine writes NaN
+inline constexpr int32_t kDropped = -2;  // no room in scratch (more tokens than the plan's maximum): combine writes NaN
 
 struct Control {
   uint64_t barriers[kBarrierCount];
   Work work[kWorkStages];
-  float rescale[kPStages][kTileRows];         // what O is multiplied with before this slot's P V
+  float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
-  float scale[kTileRows];                     // what O is multiplied with at the end
+  float scale[kTileRows];                       // what O is multiplied with at the end
 };
 
 template <DecodeConfig kCfg>
@@ -49,7 +49,7 @@ struct RoleContext {
   uint32_t shared;    // address of the first tile
   uint32_t barriers;  // address of the first barrier
   Control* control;
-  int warp;    // within the warpgroup
+  int warp;  // within the warpgroup
   int lane;
   int thread;  // within the warpgroup
 };

@@ -17,8 +17,8 @@ inline constexpr float kMaximumSlack = 8.0f;
 // Of the two rows of a thread.
 struct SoftmaxState {
   float maximum[2] = {-INFINITY, -INFINITY};  // base 2, the same in all four lanes of a row
-  float offset[2] = {0.0f, 0.0f};             // what is added to scaled scores: -maximum, and 0 before the first finite score
-  float sum[2] = {0.0f, 0.0f};                // of this lane's columns
+  float offset[2] = {0.0f, 0.0f};  // what is added to scaled scores: -maximum, and 0 before the first finite score
+  float sum[2] = {0.0f, 0.0f};     // of this lane's columns
 };
 
 __device__ __forceinline__ float maximum_of_row(const float (&s)[16], int row) {
@@ -41,9 +41,11 @@ __device__ __forceinline__ float sum_of_quad(float x) {
 }
 
 // s: unscaled scores. True if a reference moved in this warp; rescale then holds the factors of sum (applied here) and O.
-__device__ __forceinline__ bool move_maximum(const float (&s)[16], float scale_log2e, SoftmaxState& state, float (&rescale)[2]) {
+__device__ __forceinline__ bool move_maximum(const float (&s)[16], float scale_log2e, SoftmaxState& state,
+                                             float (&rescale)[2]) {
   const float slot[2] = {maximum_of_row(s, 0) * scale_log2e, maximum_of_row(s, 1) * scale_log2e};
-  const bool is_moved = __any_sync(ptx::kWholeWarp, slot[0] > state.maximum[0] + kMaximumSlack || slot[1] > state.maximum[1] + kMaximumSlack);
+  const bool is_moved = __any_sync(
+      ptx::kWholeWarp, slot[0] > state.maximum[0] + kMaximumSlack || slot[1] > state.maximum[1] + kMaximumSlack);
   if (is_moved) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -60,7 +62,8 @@ __device__ __forceinline__ bool move_maximum(const float (&s)[16], float scale_l
 
 // packed: P of 32 keys as two m64k16 A fragments.
 template <DType kDType>
-__device__ __forceinline__ void exponentials(const float (&s)[16], float scale_log2e, SoftmaxState& state, uint32_t (&packed)[8]) {
+__device__ __forceinline__ void exponentials(const float (&s)[16], float scale_log2e, SoftmaxState& state,
+                                             uint32_t (&packed)[8]) {
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < 16; i += 2) {

@@ -12,13 +12,15 @@ namespace {
 
 template <DType kDType>
 const void* combine_handle(bool shares_tiles) {
-  return shares_tiles ? reinterpret_cast<const void*>(&combine_kernel<kDType, 1>) : reinterpret_cast<const void*>(&combine_kernel<kDType, kCombineTiles>);
+  return shares_tiles ? reinterpret_cast<const void*>(&combine_kernel<kDType, 1>)
+                      : reinterpret_cast<const void*>(&combine_kernel<kDType, kCombineTiles>);
 }
 
 }  // namespace
 
 const void* combine_kernel_handle(DType dtype, bool shares_tiles) {
-  return dtype == DType::kFp16 ? combine_handle<DType::kFp16>(shares_tiles) : combine_handle<DType::kBf16>(shares_tiles);
+  return dtype == DType::kFp16 ? combine_handle<DType::kFp16>(shares_tiles)
+                               : combine_handle<DType::kBf16>(shares_tiles);
 }
 
 }  // namespace mla::cuda::sm90

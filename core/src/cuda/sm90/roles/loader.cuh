@@ -15,7 +15,9 @@ struct Loader {
   Cursor<kCfg.ring_slots()> ring;
 
   __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
-  __device__ __forceinline__ uint32_t slot_barrier() const { return barrier_address<Barrier::kSlotFull>(ctx.barriers, ring.stage()); }
+  __device__ __forceinline__ uint32_t slot_barrier() const {
+    return barrier_address<Barrier::kSlotFull>(ctx.barriers, ring.stage());
+  }
 
   // Claims the next slot: when this returns, it is empty and its barrier expects the bytes.
   __device__ __forceinline__ void begin_slot(uint32_t bytes) {
@@ -50,7 +52,9 @@ struct Loader {
   // The page that holds a token; -1 (reads as zeros) past the request's end and past the table.
   __device__ __forceinline__ int32_t page_of(const Work& work, int32_t token) const {
     const int32_t index = token / p.page_size;
-    return token < work.len_tokens && index < p.block_table.width ? p.block_table.data[work.request * p.block_table.row_stride + index] : -1;
+    return token < work.len_tokens && index < p.block_table.width
+               ? p.block_table.data[work.request * p.block_table.row_stride + index]
+               : -1;
   }
 
   // A window of the table is 32 runs of tokens, one a lane, looked up one window ahead.
@@ -78,7 +82,8 @@ struct Loader {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
-      const int32_t first_page = page_of(work, work.begin_block * kBlockTokens + ctx.lane * p.kv_run);  // in flight while Q is issued
+      const int32_t first_page =
+          page_of(work, work.begin_block * kBlockTokens + ctx.lane * p.kv_run);  // in flight while Q is issued
       load_q(work);
       load_keys(work, first_page);
       __syncwarp();

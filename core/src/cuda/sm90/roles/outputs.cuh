@@ -18,7 +18,8 @@ struct Outputs {
   PCursor p_at;
 
   __device__ __forceinline__ uint32_t values(uint32_t stage) const {
-    return ctx.shared + smem_plan<kCfg>().slot(stage) + half * (kHalfColumns / layout::kGroupColumns) * layout::kGroupBytes;
+    return ctx.shared + smem_plan<kCfg>().slot(stage) +
+           half * (kHalfColumns / layout::kGroupColumns) * layout::kGroupBytes;
   }
 
   __device__ __forceinline__ void sync_warpgroup() const {
@@ -41,7 +42,8 @@ struct Outputs {
 
   // 16 keys.
   __device__ __forceinline__ static void add_keys(OutputFragment& o, uint64_t s_p, uint64_t v, bool accumulate) {
-    constexpr uint64_t kQuarterStep = ptx::descriptor_step(kQuarterColumns / layout::kGroupColumns * layout::kGroupBytes);
+    constexpr uint64_t kQuarterStep =
+        ptx::descriptor_step(kQuarterColumns / layout::kGroupColumns * layout::kGroupBytes);
     ptx::wgmma_m64n128k16_ss_t<kCfg.dtype>(o[0], s_p, v, accumulate);
     ptx::wgmma_m64n128k16_ss_t<kCfg.dtype>(o[1], s_p, v + kQuarterStep, accumulate);
   }
@@ -58,7 +60,8 @@ struct Outputs {
     constexpr uint64_t kHalfStep = ptx::descriptor_step(64);                          // 32 keys of P
     constexpr uint64_t kPStep = ptx::descriptor_step(32);                             // 16 keys of P
     constexpr uint64_t kVStep = ptx::descriptor_step(16 * layout::kSwizzleRowBytes);  // 16 keys of V
-    const uint64_t s_p = ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2)) + p_at.stage() % 2 * kHalfStep;
+    const uint64_t s_p =
+        ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2)) + p_at.stage() % 2 * kHalfStep;
     const uint64_t v = ptx::n_major_descriptor(values(ring.stage()), layout::kGroupBytes);
     ptx::wgmma_fence();
     add_keys(o, s_p, v, !is_first);
@@ -84,9 +87,11 @@ struct Outputs {
       ring.advance();  // over the slots of Q
       if (q_slots(tile_rows(p.config, work)) == 2) ring.advance();
       const int32_t begin = work.begin_block * kBlockTokens, end = work.end_block * kBlockTokens;
-      for (int32_t token = begin; token < end; token += layout::kSlotRows) add_slot(o, token == begin, work.len_tokens - token);
+      for (int32_t token = begin; token < end; token += layout::kSlotRows)
+        add_slot(o, token == begin, work.len_tokens - token);
       wait_full<Barrier::kScaleFull>(ctx.barriers, scale_at(at));
-      if (work.slot != kDropped) store_output<kCfg.dtype>(o, p.result, p.config, work, ctx.control->scale, tile, half, ctx.thread);
+      if (work.slot != kDropped)
+        store_output<kCfg.dtype>(o, p.result, p.config, work, ctx.control->scale, tile, half, ctx.thread);
       __syncwarp();
       if (ctx.lane == 0) {
         arrive<Barrier::kScaleEmpty>(ctx.barriers, 0);

@@ -12,7 +12,8 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
   WorkCursor at;
   schedule::for_each_piece(p.config, view, part, [&](const schedule::Piece& piece, int32_t) {
     const int32_t first_row = piece.item / p.config.kv_heads * p.config.item_rows + tile * kTileRows;
-    if (piece.request >= p.batch || first_row >= view.q_tokens(piece.request) * p.config.heads_per_kv_head) return;  // I1: the tile has a row
+    if (piece.request >= p.batch || first_row >= view.q_tokens(piece.request) * p.config.heads_per_kv_head)
+      return;  // I1: the tile has a row
     wait_empty<Barrier::kWorkEmpty>(ctx.barriers, at);
     Work& work = ctx.control->work[at.stage()];
     work.request = piece.request;

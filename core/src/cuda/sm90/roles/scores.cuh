@@ -38,7 +38,8 @@ struct Scores {
     }
 #pragma unroll
     for (int step = kCfg.q_register_steps(); step < kCfg.q_steps(); ++step) {
-      ptx::wgmma_m64n32k16_ss<kCfg.dtype>(s, q + (step / 4 - kCfg.q_first_shared_group()) * kQGroupStep + step % 4 * kStep,
+      ptx::wgmma_m64n32k16_ss<kCfg.dtype>(s,
+                                          q + (step / 4 - kCfg.q_first_shared_group()) * kQGroupStep + step % 4 * kStep,
                                           k + step / 4 * kGroupStep + step % 4 * kStep, 1);
     }
     ptx::wgmma_commit_group();
@@ -49,7 +50,8 @@ struct Scores {
     if (ctx.warp >= 2 && q_slots(rows) == 2) mine.advance();
     wait_full<Barrier::kSlotFull>(ctx.barriers, mine);
     ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);  // no warp reads the previous Q any more
-    take_q<kCfg>(ctx.shared + smem_plan<kCfg>().slot(mine.stage()), ctx.shared + smem_plan<kCfg>().q(), p.q_run, rows, ctx.warp, ctx.lane, r_q);
+    take_q<kCfg>(ctx.shared + smem_plan<kCfg>().slot(mine.stage()), ctx.shared + smem_plan<kCfg>().q(), p.q_run, rows,
+                 ctx.warp, ctx.lane, r_q);
     ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);
     for (int half = 0; half < q_slots(rows); ++half) {
       if (ctx.lane == 0) {
@@ -97,7 +99,8 @@ struct Scores {
   __device__ __forceinline__ void run_slots(const Work& work) {
     const int32_t begin = work.begin_block * kBlockTokens;
     const int32_t slots = (work.end_block - work.begin_block) * 2;
-    int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)) - begin, visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
+    int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)) - begin,
+                      visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
     const int32_t first_masked = (max(visible_keys(work, 0), 0) - begin) / layout::kSlotRows;  // row 0 sees least
     bool has_p = false;  // a P that was not handed over
 #pragma unroll 1
@@ -113,7 +116,7 @@ struct Scores {
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(s);
       weigh(s, slot >= first_masked, visible);
-        ring.advance();
+      ring.advance();
       has_p = true;
       visible[0] -= layout::kSlotRows;
       visible[1] -= layout::kSlotRows;
@@ -130,7 +133,8 @@ struct Scores {
       const int row = layout::fragment_row(ctx.thread, r);
       if (ctx.lane % 4 == 0 && row < rows) {
         const float lse_log2 = sum == 0.0f ? -INFINITY : state.maximum[r] + log2f(sum);
-        ctx.control->scale[row] = finish_row(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, lse_log2, sum);
+        ctx.control->scale[row] =
+            finish_row(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, lse_log2, sum);
       }
     }
     if (ctx.lane % 4 == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);

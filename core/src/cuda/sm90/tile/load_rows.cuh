@@ -17,8 +17,8 @@ inline constexpr uint32_t kRopeOffset = kLatentGroups * layout::kGroupBytes;  //
 
 // Keys lie as wgmma wants them: [group, 32 rows, 128 bytes]. A run of a whole slot is one box; of shorter ones each group is a box.
 template <DecodeConfig kCfg>
-__device__ __forceinline__ void load_key_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent, const CUtensorMap* rope, int run,
-                                              int lane, const RunOrigin& at) {
+__device__ __forceinline__ void load_key_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent,
+                                              const CUtensorMap* rope, int run, int lane, const RunOrigin& at) {
   if (lane * run >= layout::kSlotRows) return;
   const uint32_t rows = slot + lane * run * layout::kSwizzleRowBytes;
   const int boxes = run == layout::kSlotRows ? 1 : kLatentGroups;
@@ -26,13 +26,14 @@ __device__ __forceinline__ void load_key_rows(uint32_t slot, uint32_t barrier, c
   for (int group = 0; group < boxes; ++group) {
     ptx::tma_load_5d(rows + group * layout::kGroupBytes, latent, barrier, {{0, at.row, group, at.outer, at.outermost}});
   }
-  if constexpr (kCfg.has_rope()) ptx::tma_load_5d(rows + kRopeOffset, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
+  if constexpr (kCfg.has_rope())
+    ptx::tma_load_5d(rows + kRopeOffset, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
 }
 
 // Rows of Q are read by ldmatrix, which takes any place: the latent groups of a run lie together, [run, group, rows of the run, 128 bytes].
 template <DecodeConfig kCfg>
-__device__ __forceinline__ void load_query_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent, const CUtensorMap* rope, int run,
-                                                int lane, const RunOrigin& at) {
+__device__ __forceinline__ void load_query_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent,
+                                                const CUtensorMap* rope, int run, int lane, const RunOrigin& at) {
   const uint32_t run_bytes = run * layout::kSwizzleRowBytes;
   ptx::tma_load_5d(slot + lane * run_bytes * kLatentGroups, latent, barrier, {{0, at.row, 0, at.outer, at.outermost}});
   if constexpr (kCfg.has_rope()) {
@@ -43,7 +44,8 @@ __device__ __forceinline__ void load_query_rows(uint32_t slot, uint32_t barrier,
 // The 128-byte line of a slot that holds a column group of a row of Q.
 MLA_HD constexpr uint32_t query_line(int run, uint32_t row, uint32_t group) {
   const uint32_t r = static_cast<uint32_t>(run);
-  return group < kLatentGroups ? row / r * r * kLatentGroups + group * r + row % r : kRopeOffset / layout::kSwizzleRowBytes + row;
+  return group < kLatentGroups ? row / r * r * kLatentGroups + group * r + row % r
+                               : kRopeOffset / layout::kSwizzleRowBytes + row;
 }
 
 }  // namespace mla::cuda::sm90
