@@ -85,7 +85,8 @@ def lint(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Correctness on a Hopper GPU, with the torch that is installed there."""
     cmake_workflow(session, "cuda")
-    session.run("python3", "-m", "pytest", "python/tests/gpu", "-m", "gpu", *session.posargs)
+    for folder in ("python/tests/gpu", "python/tests/engines"):
+        session.run("python3", "-m", "pytest", folder, "-m", "gpu", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -190,7 +190,7 @@ mla_status mla_schedule(const mla_plan* plan, const mla_schedule_args* args, voi
     mla_schedule_args in;
     mla::ScheduleCall call{};
     MLA_RETURN_IF_ERROR(read_struct("args", args, in));
-    MLA_RETURN_IF_ERROR(mla::make_schedule_call(plan->plan, in, call));
+    MLA_RETURN_IF_ERROR(mla::make_schedule_call(plan->plan, in, stream, call));
     return plan->plan.backend->schedule(plan->plan, call, stream);
   });
 }
@@ -201,7 +201,7 @@ mla_status mla_decode(const mla_plan* plan, const mla_decode_args* args, void* s
     mla_decode_args in;
     mla::DecodeCall call{};
     MLA_RETURN_IF_ERROR(read_struct("args", args, in));
-    MLA_RETURN_IF_ERROR(mla::make_decode_call(plan->plan, in, call));
+    MLA_RETURN_IF_ERROR(mla::make_decode_call(plan->plan, in, stream, call));
     return plan->plan.backend->decode(plan->plan, call, stream);
   });
 }

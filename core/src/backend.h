@@ -41,6 +41,8 @@ struct Backend {
   Status (*schedule)(const Plan&, const ScheduleCall&, void* stream);
   Status (*decode)(const Plan&, const DecodeCall&, void* stream);
   Status (*merge)(const Context&, const MergeCall&, void* stream);
+  // Device memory to the host, for the checks of debug plans: waits for the stream. nullptr: the tensors are in host memory.
+  Status (*read)(const Plan&, void* to, const void* from, size_t bytes, void* stream) = nullptr;
 };
 
 struct Plan {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "dtype_table.h"
 #include "registry.h"
@@ -364,9 +365,43 @@ Status check_cu_seqlens(const Problem& p, const Int32View& cu, int32_t batch) {
   return Status::ok();
 }
 
+// What tensors hold, where the host may look at it: host memory as it is, device memory as copies. Only debug plans make copies.
+class HostCopies {
+ public:
+  HostCopies(const Plan& plan, void* stream) : plan_(plan), stream_(stream) {}
+
+  Status take(Int32View& view, int64_t elements) {
+    return elements > 0 ? take(view.data, (elements - 1) * view.stride + 1) : Status::ok();
+  }
+
+  // Turns data into a pointer to a copy of its elements, if it is on a device.
+  template <class T>
+  Status take(const T*& data, uint64_t elements) {
+    if (data == nullptr || elements == 0 || plan_.backend->read == nullptr) return Status::ok();
+    copies_.emplace_back(elements * sizeof(T));
+    std::byte* copy = copies_.back().data();
+    MLA_RETURN_IF_ERROR(plan_.backend->read(plan_, copy, data, elements * sizeof(T), stream_));
+    data = reinterpret_cast<const T*>(copy);
+    return Status::ok();
+  }
+
+ private:
+  const Plan& plan_;
+  void* stream_;
+  std::vector<std::vector<std::byte>> copies_;
+};
+
+// Runs check(HostCopies&) where values are looked at: on the CPU always, on a device for debug plans.
+template <class Check>
+Status check_values(const Plan& plan, void* stream, const Check& check) {
+  if (plan.problem.device_type != DeviceType::kCpu && !plan.problem.is_debug) return Status::ok();
+  HostCopies copies(plan, stream);
+  return check(copies);
+}
+
 }  // namespace
 
-Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, ScheduleCall& out) {
+Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, void* stream, ScheduleCall& out) {
   const Problem& p = plan.problem;
   MLA_RETURN_IF_ERROR(check_flags("args", in.flags, 0));
   TensorInfo lengths;
@@ -396,11 +431,13 @@ Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, Schedul
   const TensorInfo* const read[] = {&lengths, &cu};
   MLA_RETURN_IF_ERROR(check_no_overlap(written, read));
 
-  if (p.device_type == DeviceType::kCpu) {
-    MLA_RETURN_IF_ERROR(check_lengths(p, out.cache_seqlens, out.batch));
-    if (p.is_ragged) MLA_RETURN_IF_ERROR(check_cu_seqlens(p, out.cu_seqlens_q, out.batch));
-  }
-  return Status::ok();
+  return check_values(plan, stream, [&](HostCopies& copies) -> Status {
+    ScheduleCall seen = out;
+    MLA_RETURN_IF_ERROR(copies.take(seen.cache_seqlens, out.batch));
+    MLA_RETURN_IF_ERROR(copies.take(seen.cu_seqlens_q, out.batch + 1));
+    MLA_RETURN_IF_ERROR(check_lengths(p, seen.cache_seqlens, seen.batch));
+    return p.is_ragged ? check_cu_seqlens(p, seen.cu_seqlens_q, seen.batch) : Status::ok();
+  });
 }
 
 // ---------------------------------------------------------------- decode ---------------------------------------------------------------
@@ -598,7 +635,7 @@ Status check_page_ids(const Plan& plan, const DecodeCall& call) {
 
 }  // namespace
 
-Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall& out) {
+Status make_decode_call(const Plan& plan, const mla_decode_args& in, void* stream, DecodeCall& out) {
   const Problem& p = plan.problem;
   MLA_RETURN_IF_ERROR(check_flags("args", in.flags, 0));
   MLA_RETURN_IF_ERROR(check_unused_tensors(in));
@@ -632,12 +669,19 @@ Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall&
   out.schedule = static_cast<const std::byte*>(in.schedule);
   out.scratch = static_cast<std::byte*>(in.scratch);
 
-  if (p.device_type == DeviceType::kCpu) {
-    MLA_RETURN_IF_ERROR(check_schedule(plan, out));
-    if (p.needs_global_len()) MLA_RETURN_IF_ERROR(check_global_lengths(plan, out));
-    MLA_RETURN_IF_ERROR(check_page_ids(plan, out));
-  }
-  return Status::ok();
+  return check_values(plan, stream, [&](HostCopies& copies) -> Status {
+    DecodeCall seen = out;
+    MLA_RETURN_IF_ERROR(copies.take(seen.schedule, schedule_bytes));
+    MLA_RETURN_IF_ERROR(copies.take(seen.cache_seqlens, out.batch));
+    MLA_RETURN_IF_ERROR(copies.take(seen.global_seqlens, out.batch));
+    if (out.batch > 0) {
+      MLA_RETURN_IF_ERROR(
+          copies.take(seen.block_table.data, (out.batch - 1) * seen.block_table.row_stride + seen.block_table.width));
+    }
+    MLA_RETURN_IF_ERROR(check_schedule(plan, seen));
+    if (p.needs_global_len()) MLA_RETURN_IF_ERROR(check_global_lengths(plan, seen));
+    return check_page_ids(plan, seen);
+  });
 }
 
 // ---------------------------------------------------------------- merge ----------------------------------------------------------------

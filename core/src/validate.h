@@ -32,8 +32,8 @@ Status backend_at(int32_t index, const Backend** backend);
 // Reads MLAKIT_BACKEND and MLAKIT_NUM_THREADS: the only readers of the environment.
 Status make_context(const mla_context_options& in, Context& out);
 
-Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, ScheduleCall& out);
-Status make_decode_call(const Plan& plan, const mla_decode_args& in, DecodeCall& out);
+Status make_schedule_call(const Plan& plan, const mla_schedule_args& in, void* stream, ScheduleCall& out);
+Status make_decode_call(const Plan& plan, const mla_decode_args& in, void* stream, DecodeCall& out);
 Status make_merge_call(const mla_merge_args& in, MergeCall& out, DeviceType& device_type);
 
 // For mla_tensor_init.

@@ -16,7 +16,8 @@ constexpr int64_t kBatch = 2, kHeads = 16, kPages = 64, kWidth = 32, kLayers = 3
 constexpr mla_device kGpu = {MLA_DEVICE_CUDA, 0};
 
 __global__ void fill(__nv_bfloat16* x, int64_t n, float value) {
-  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) x[i] = __float2bfloat16(value);
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+    x[i] = __float2bfloat16(value);
 }
 
 void cuda(cudaError_t error) {
@@ -54,10 +55,12 @@ bool worker(const mla::Plan& plan, float value) try {
   cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   plan.schedule(buffers, mla::Tensor(lengths, MLA_DTYPE_INT32, {kBatch}, {}, kGpu), {}, stream);
   for (int64_t layer = 0; layer < kLayers; ++layer) {
-    plan.decode(buffers, {.q = mla::Tensor(q, MLA_DTYPE_BF16, {kBatch, 1, kHeads, 576}, {}, kGpu),
-                          .kv_cache = mla::Tensor(cache, MLA_DTYPE_BF16, {kPages, 64, 1, 576}, {}, kGpu),
-                          .block_table = mla::Tensor(table, MLA_DTYPE_INT32, {kBatch, kWidth}, {}, kGpu),
-                          .out = mla::Tensor(out, MLA_DTYPE_BF16, {kBatch, 1, kHeads, 512}, {}, kGpu)}, stream);
+    plan.decode(buffers,
+                {.q = mla::Tensor(q, MLA_DTYPE_BF16, {kBatch, 1, kHeads, 576}, {}, kGpu),
+                 .kv_cache = mla::Tensor(cache, MLA_DTYPE_BF16, {kPages, 64, 1, 576}, {}, kGpu),
+                 .block_table = mla::Tensor(table, MLA_DTYPE_INT32, {kBatch, kWidth}, {}, kGpu),
+                 .out = mla::Tensor(out, MLA_DTYPE_BF16, {kBatch, 1, kHeads, 512}, {}, kGpu)},
+                stream);
   }
   cuda(cudaStreamEndCapture(stream, &graph));
   cuda(cudaGraphInstantiate(&step, graph, 0));
@@ -70,7 +73,8 @@ bool worker(const mla::Plan& plan, float value) try {
     cuda(cudaMemcpyAsync(rows.data(), out, rows.size() * 2, cudaMemcpyDeviceToHost, stream));
     cuda(cudaStreamSynchronize(stream));
     for (size_t i = 0; i < rows.size(); ++i) {
-      const float expected = now[i / (kHeads * 512)] > 0 ? value : 0.0f;  // an average of equal rows; an empty request is 0
+      const float expected =
+          now[i / (kHeads * 512)] > 0 ? value : 0.0f;  // an average of equal rows; an empty request is 0
       is_right &= std::fabs(__bfloat162float(rows[i]) - expected) <= 0.01f * value;
     }
   }
@@ -91,7 +95,8 @@ int main() try {
   std::thread first([&] { is_right[0] = worker(plan, 0.25f); });
   is_right[1] = worker(plan, 1.5f);
   first.join();
-  std::printf("two threads, two streams, %d layers a graph: %s\n", static_cast<int>(kLayers), is_right[0] && is_right[1] ? "right" : "WRONG");
+  std::printf("two threads, two streams, %d layers a graph: %s\n", static_cast<int>(kLayers),
+              is_right[0] && is_right[1] ? "right" : "WRONG");
   return is_right[0] && is_right[1] ? 0 : 1;
 } catch (const mla::Error& error) {
   std::fprintf(stderr, "%s: %s\n", mla_status_string(error.status()), error.what());

@@ -137,7 +137,8 @@ enum {
   MLA_PROBLEM_LSE_BASE2 = 1u << 2,     /* lse in base 2 instead of e */
   MLA_PROBLEM_TREE_MASK = 1u << 3,     /* a bitmask for each query token (no backend yet) */
   MLA_PROBLEM_EXTRA_SEGMENT = 1u << 4, /* a second cache segment for each request (no backend yet) */
-  MLA_PROBLEM_DEBUG = 1u << 5          /* check device-side values (lengths, page ids, a stale schedule) at a price */
+  MLA_PROBLEM_DEBUG = 1u << 5          /* CUDA: copy lengths, tables and schedules to the host and check them as on the CPU. Waits for
+                                          the stream and allocates, so such a plan cannot be captured (MLA_UNSUPPORTED). */
 };
 
 /* mla_problem.kv_format: how a cache row is stored. */
@@ -179,7 +180,7 @@ typedef struct mla_problem {
   int32_t split_policy;  /* MLA_SPLIT_... */
   int32_t chunk_tokens;  /* MLA_SPLIT_FIXED_CHUNK: a multiple of 64; 0: 2048 */
   int32_t topk;          /* > 0: each query token attends to a list of this many indices (no backend yet) */
-  int32_t cp_world;      /* context parallel: ranks that share the keys of each request, default 1 (more: CPU backends only) */
+  int32_t cp_world;      /* context parallel: ranks that share the keys of each request, default 1 */
   int32_t cp_rank;       /* this rank. Lengths and tables are those of its own keys. */
   float softmax_scale;   /* > 0; 0: head_dim ** -0.5, as FlashMLA's default. Engines with absorbed weights pass their own. */
   int32_t cp_turn;       /* keys that a rank takes at a time, 0: 1. Key j of a request is with rank j / cp_turn % cp_world. */
@@ -277,8 +278,8 @@ typedef struct mla_schedule_args {
 
 /* Turns lengths into a schedule: a snapshot of the lengths and who computes what. The buffer holds no pointers: it may be
  * copied to another address on the same device and used there. On the CPU negative lengths, lengths over max_len and a sum over max_tokens are
- * MLA_INVALID_ARGUMENT. On CUDA the values are not seen by the host: lengths are clamped to [0, max_len], cu_seqlens_q to
- * non-decreasing values up to max_q_tokens, and rows that do not fit into max_tokens come out as NaN; a plan with MLA_PROBLEM_DEBUG checks them. */
+ * MLA_INVALID_ARGUMENT. On CUDA the values are not seen by the host: cu_seqlens_q is clamped to non-decreasing values up to max_q_tokens, and
+ * the rows of a request whose length is outside [0, max_len], or that does not fit into max_tokens, come out as NaN. Nothing is cut short. */
 MLA_API mla_status mla_schedule(const mla_plan* plan, const mla_schedule_args* args, void* stream);
 
 /* ---------------------------------------------------------------- decode ---------------------------------------------- */
@@ -326,7 +327,7 @@ typedef struct mla_decode_args {
  *                 causal mask is the request's: query token t sees the rank's keys among the first global_seqlens - q_len + 1 + t.
  *                 CPU: a length that is not the rank's share of global_seqlens is MLA_INVALID_ARGUMENT.
  *   Page ids      CPU: an id outside [0, pages) in the used part of the table is MLA_INVALID_ARGUMENT and nothing is written.
- *                 CUDA: such a page reads as zeros; a plan with MLA_PROBLEM_DEBUG reports it. */
+ *                 CUDA: such a page reads as zeros; a plan with MLA_PROBLEM_DEBUG refuses it as the CPU does. */
 MLA_API mla_status mla_decode(const mla_plan* plan, const mla_decode_args* args, void* stream);
 
 /* ---------------------------------------------------------------- merge ----------------------------------------------- */

@@ -62,9 +62,7 @@ std::string why_unsupported(const Problem& p) {
   if (p.kv_dtype != p.q_dtype) return "kv must have q's dtype";
   if (p.out_dtype != p.q_dtype && p.out_dtype != DType::kFp32) return "out must have q's dtype or fp32";
   if (p.kv_format != KvFormat::kPlain) return "only plain cache rows";
-  if (p.topk > 0 || p.has_tree_mask || p.has_extra_segment || p.cp_world > 1)
-    return "no index lists, tree masks, extra segments or context parallel";
-  if (p.is_debug) return "MLA_PROBLEM_DEBUG: device-side values are checked by CPU plans only";
+  if (p.topk > 0 || p.has_tree_mask || p.has_extra_segment) return "no index lists, tree masks or extra segments";
   if (!(p.softmax_scale > 0.0f)) return "softmax_scale must be positive";
   if (p.page_size > INT32_MAX / 2 || p.max_len > INT32_MAX - 2 * sm90::kBlockTokens)
     return "lengths must fit into 31 bits";
@@ -240,6 +238,10 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.q_run = layout::run_rows(p.heads_per_kv_head());
   params.scale_log2e = p.softmax_scale * math::kLog2e;
   params.is_causal = p.is_causal;
+  params.global_seqlens = call.global_seqlens;
+  params.cp_world = p.cp_world;
+  params.cp_rank = p.cp_rank;
+  params.cp_turn = p.cp_turn;
   const PlanShape& shape = state.shape;
   MLA_RETURN_IF_ERROR(launch(state.variant->kernel(), state.variant->name,
                              {dim3(static_cast<unsigned>(shape.tiles), static_cast<unsigned>(shape.config.parts)),
@@ -272,13 +274,27 @@ Status run_merge(const Context&, const MergeCall& call, void* stream) {
                 {dim3(static_cast<unsigned>(ceil_div(rows, kRowsOfCta))), sm90::kMergeThreads}, call, stream);
 }
 
+Status read_device(const Plan& plan, void* to, const void* from, size_t bytes, void* stream) {
+  const CurrentDevice current(plan.problem.device_id);
+  MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  MLA_RETURN_IF_ERROR(to_status(cudaStreamIsCapturing(s, &capture), "cudaStreamIsCapturing"));
+  if (capture != cudaStreamCaptureStatusNone)
+    return unsupported(
+        "stream: a plan with MLA_PROBLEM_DEBUG reads device memory, got a stream that is being captured");
+  MLA_RETURN_IF_ERROR(to_status(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, s), "cudaMemcpyAsync"));
+  return to_status(cudaStreamSynchronize(s), "cudaStreamSynchronize");
+}
+
 }  // namespace
 
 }  // namespace mla::cuda
 
 namespace mla {
 
-const Backend kSm90Backend{"sm90",          DeviceType::kCuda,  cuda::why_unavailable, cuda::why_unsupported,
-                           cuda::make_plan, cuda::run_schedule, cuda::run_decode,      cuda::run_merge};
+const Backend kSm90Backend{"sm90",           DeviceType::kCuda,  cuda::why_unavailable, cuda::why_unsupported,
+                           cuda::make_plan,  cuda::run_schedule, cuda::run_decode,      cuda::run_merge,
+                           cuda::read_device};
 
 }  // namespace mla

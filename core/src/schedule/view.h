@@ -27,6 +27,8 @@ static_assert(sizeof(Header) == 32);
 
 inline constexpr uint32_t kMagic = 0x6d6c6133;  // changes with the layout
 inline constexpr size_t kAlignment = 256;
+// In len: the request's length was outside [0, max_len], which only a device sees so late. Its rows come out as NaN.
+inline constexpr int32_t kInvalidLen = -1;
 
 struct Layout {
   int64_t max_batch;

@@ -41,16 +41,16 @@ def shard_of(inputs: testing.Inputs, world: int, rank: int, turn: int = 1) -> di
 
 
 def decode_shards(
-    inputs: testing.Inputs, world: int, *, causal: bool, turn: int = 1, **options: Any
+    inputs: testing.Inputs, world: int, *, causal: bool, turn: int = 1, device: str = "cpu", **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every rank's decode, merged."""
     outs, lses = [], []
     for rank in range(world):
-        out = torch.full((*inputs.q.shape[:-1], LATENT), float("nan"), dtype=torch.float32)
+        out = torch.full((*inputs.q.shape[:-1], LATENT), float("nan"), dtype=torch.float32, device=device)
         if causal and world > 1:
-            options["global_seqlens"] = inputs.cache_seqlens
+            options["global_seqlens"] = inputs.cache_seqlens.to(device)
         _, lse = mlakit.mla_decode(
-            *(inputs.q, *shard_of(inputs, world, rank, turn).values()),
+            *(x.to(device) for x in (inputs.q, *shard_of(inputs, world, rank, turn).values())),
             causal=causal,
             out=out,
             cp_world=world,
@@ -61,7 +61,7 @@ def decode_shards(
         outs.append(out.flatten(0, -3))
         lses.append(lse.flatten(0, -2))
     out, lse = mlakit.merge_states(torch.stack(outs), torch.stack(lses))
-    return out.reshape(*inputs.q.shape[:-1], LATENT).to(inputs.q.dtype), lse.reshape(inputs.q.shape[:-1])
+    return out.reshape(*inputs.q.shape[:-1], LATENT).to("cpu", inputs.q.dtype), lse.reshape(inputs.q.shape[:-1]).cpu()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,6 +74,17 @@ def test_merged_shards_equal_the_whole(world: int, turn: int, q_len: int, causal
     inputs = cases.inputs_of(case)
     context = mlakit.Context(backend, num_threads=1)
     out, lse = decode_shards(inputs, world, causal=causal, turn=turn, softmax_scale=cases.SCALE, context=context)
+    cases.check(case, inputs, out, lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(cases.no_gpu()), reason=cases.no_gpu() or "a GPU is there")
+@pytest.mark.parametrize(("world", "turn"), [(1, 1), (2, 1), (8, 1), (3, 2), (2, 64), (3, 150)])
+@pytest.mark.parametrize(("q_len", "q_heads", "causal"), [(1, 4, True), (4, 4, True), (3, 64, True), (2, 4, False)])
+def test_merged_shards_equal_the_whole_on_the_gpu(world: int, turn: int, q_len: int, q_heads: int, causal: bool) -> None:
+    case = cases.dense_case(LENGTHS, q_len=q_len, q_heads=q_heads, causal=causal)
+    inputs = cases.inputs_of(case)
+    out, lse = decode_shards(inputs, world, causal=causal, turn=turn, device="cuda", softmax_scale=cases.SCALE)
     cases.check(case, inputs, out, lse)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cabi
 import pytest
 import torch
@@ -140,10 +142,46 @@ def test_hostile_lengths_and_tables_do_not_fault(flags: str) -> None:
     out, lse = torch.empty(6, 2, 16, 512, device="cuda", dtype=torch.bfloat16), torch.empty(6, 2, 16, device="cuda")
     table = torch.tensor([-1, 2**31 - 1, -(2**31), 5, 20, 1000] * 3, dtype=torch.int32, device="cuda")[:16].repeat(6, 1)
     for lengths in ([-1, -(2**31), 2**31 - 1, 1001, 0, 1000], [2**31 - 1] * 6, [-5] * 6):
+        out.fill_(7.0)
+        lse.fill_(7.0)
         plan.schedule(torch.tensor(lengths, dtype=torch.int32, device="cuda"))
         plan.decode(q=q, kv_cache=kv, block_table=table, out=out, lse=lse)
         torch.cuda.synchronize()
-        assert out.isfinite().all()
+        for i, length in enumerate(lengths):
+            if 0 <= length <= 1000:
+                assert out[i].isfinite().all()
+            else:  # not what the caller asked for, so not a number
+                assert out[i].isnan().all()
+                assert lse[i].isnan().all()
+        assert not (out == 7.0).all(-1).any()
+
+
+def test_debug_plans_refuse_what_the_device_holds() -> None:
+    case = Case(MIXED, [1] * 6, 16, flags=":debug")
+    x = Batch(case)
+    plan = x.run()
+    x.check()
+
+    def refuses(message: str, call: Callable[[], object]) -> None:
+        with pytest.raises(cabi.MlaError, match=message):
+            call()
+
+    long = x.lengths.clone()
+    long[2] = 5000
+    refuses(r"cache_seqlens: must be from 0 to 4096 .*got cache_seqlens\[2\] = 5000", lambda: plan.schedule(long))
+    args = dict(q=x.q, kv_cache=x.kv, out=x.out, lse=x.lse)
+    table = x.table.clone()
+    table[3, 1] = x.kv.shape[0]
+    refuses(r"block_table: a used page id .*got block_table\[3\]\[1\]", lambda: plan.decode(**args, block_table=table))
+    grown = x.lengths + 1
+    refuses(
+        r"cache_seqlens: must be those of the schedule, got cache_seqlens\[0\] = 301",
+        lambda: plan.decode(**args, block_table=x.table, cache_seqlens=grown),
+    )
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        x.out.zero_()
+        refuses("stream: a plan with MLA_PROBLEM_DEBUG reads device memory", lambda: plan.schedule(x.lengths))
 
 
 def test_hostile_cu_seqlens_do_not_fault() -> None:

@@ -38,6 +38,8 @@ struct DecodeParams {
   int32_t q_run;   // layout::run_rows of the heads of a query token
   float scale_log2e;
   bool is_causal;
+  Int32View global_seqlens;  // causal shards only, else data = nullptr
+  int32_t cp_world, cp_rank, cp_turn;
 };
 
 struct CombineParams {

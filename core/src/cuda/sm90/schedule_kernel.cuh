@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) schedule_kernel(const __g
     const int32_t r = base + thread;
     const bool is_request = r < p.batch;
     const int64_t given_len = is_request ? p.cache_seqlens.data[r * p.cache_seqlens.stride] : 0;
-    const int32_t len = static_cast<int32_t>(given_len < 0 ? 0 : given_len > p.max_len ? p.max_len : given_len);
+    const int32_t len =
+        given_len < 0 || given_len > p.max_len ? schedule::kInvalidLen : static_cast<int32_t>(given_len);
     int32_t q_begin = r * p.q_len, q_end = q_begin + p.q_len;
     if (p.cu_seqlens_q.data != nullptr) {
       const int64_t given_end = is_request ? p.cu_seqlens_q.data[(r + 1) * p.cu_seqlens_q.stride] : 0;

@@ -9,6 +9,7 @@
 #include "cuda/sm90/softmax.cuh"
 #include "cuda/sm90/tile/store_p.cuh"
 #include "cuda/sm90/tile/take_q.cuh"
+#include "shard.h"
 
 namespace mla::cuda::sm90 {
 
@@ -91,7 +92,11 @@ struct Scores {
   __device__ __forceinline__ int32_t visible_keys(const Work& work, int32_t row) const {
     if (!p.is_causal) return work.len_tokens;
     const int32_t token = (work.first_row + row) / p.config.heads_per_kv_head;
-    return min(work.len_tokens, work.len_tokens - work.q_tokens + 1 + token);
+    if (p.cp_world == 1) return min(work.len_tokens, work.len_tokens - work.q_tokens + 1 + token);
+    const int64_t seen_of_all =
+        p.global_seqlens.data[work.request * p.global_seqlens.stride] - work.q_tokens + int64_t{1} + token;
+    return static_cast<int32_t>(
+        min(int64_t{work.len_tokens}, shard_tokens(seen_of_all, p.cp_world, p.cp_rank, p.cp_turn)));
   }
 
   // P is handed over only when the next slot's products are issued, so that P V runs under the next exponentials and not beside the next
@@ -129,7 +134,7 @@ struct Scores {
     const int32_t rows = tile_rows(p.config, work);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = sum_of_quad(state.sum[r]);
+      const float sum = work.len_tokens == schedule::kInvalidLen ? NAN : sum_of_quad(state.sum[r]);
       const int row = layout::fragment_row(ctx.thread, r);
       if (ctx.lane % 4 == 0 && row < rows) {
         const float lse_log2 = sum == 0.0f ? -INFINITY : state.maximum[r] + log2f(sum);
