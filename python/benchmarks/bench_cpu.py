@@ -34,6 +34,7 @@ import mlakit
 from mlakit.bench import cpu as bench
 from mlakit.bench import roofs
 from mlakit.bench.data import Tensor
+from mlakit.bench.provenance import commit
 
 HEAD_DIM, VALUE_DIM, PAGE_SIZE = 576, 512, 64
 PROBE_SECONDS = 0.002  # short, and the best of PROBES counts: a slice that another process cut into is no peak
@@ -300,6 +301,7 @@ def main() -> None:
             "machine": platform.machine(),
             "cpus": len(os.sched_getaffinity(0)),
             "mlakit": mlakit.__version__,
+            "commit": commit(__file__),
             "load": os.getloadavg(),
         }
         args.json.write_text(json.dumps({**machine, "rows": results}, indent=1) + "\n")

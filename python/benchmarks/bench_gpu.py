@@ -1,9 +1,10 @@
 """The kernels' table on one Hopper GPU, by mlakit.bench.gpu.
 
-    python bench_gpu.py [PROBLEM ...] [--rounds N] [--peer] [--peer-so LIBRARY] [--out FILE.json]
+    python bench_gpu.py [PROBLEM ...] [--rounds N] [--peer] [--peer-so LIBRARY] [--out FILE.json] [--commit ID]
 
 Without problems: the shapes that the kernels are judged by. --peer adds FlashMLA, FlashAttention-3 and FlashInfer where they are
-installed, --peer-so a build of FlashMLA behind C functions. A release's run is kept under results/.
+installed, --peer-so a build of FlashMLA behind C functions.
+A release's run is kept under results/, with the commit it was built from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import torch
 
 from mlakit.bench import gpu
+from mlakit.bench.provenance import commit
 
 SHAPES = [  # batch, q_len, heads, length
     *(
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--peer-so")
     parser.add_argument("--out")
+    parser.add_argument("--commit", help="of the library, where git cannot tell")
     args = parser.parse_args()
     problems = args.problems or [f"dense:bf16:b{b}:q{q}:h{h}:l{n}{':causal' if q > 1 else ''}:cuda0" for b, q, h, n in SHAPES]
     roofs = gpu.measure_roofs(args.rounds)
@@ -53,6 +56,7 @@ def main() -> None:
             json.dump(
                 {
                     "machine": gpu.machine(),
+                    "commit": args.commit or commit(__file__),
                     "roofs": dataclasses.asdict(roofs),
                     "results": [dataclasses.asdict(r) for r in results],
                 },

@@ -398,16 +398,12 @@ def machine() -> dict[str, Any]:
     """What a committed result says about where it comes from."""
     query = ["nvidia-smi", "-i", "0", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
     smi = subprocess.run(query, capture_output=True, text=True, check=False)
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "gpu": smi.stdout.strip(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "mlakit": mlakit.__version__,
         "python": sys.version.split()[0],
-        "commit": git.stdout.strip() or None,
     }
 
 
