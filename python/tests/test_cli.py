@@ -42,6 +42,11 @@ def test_info_lists_every_backend_with_its_reason() -> None:
     assert report["version"] == mlakit.__version__
 
 
+def test_the_package_runs_as_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "mlakit", "info", "--json"], capture_output=True, text=True)
+    assert json.loads(result.stdout) == json.loads(run("info", "--json").stdout)
+
+
 def test_info_takes_half_a_second_at_most() -> None:
     assert min(seconds("info") for _ in range(5)) <= 0.5
 

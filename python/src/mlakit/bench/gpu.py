@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def check(problem: mlakit.Problem, x: Inputs, scale: float) -> float:
             s.masked_fill_((torch.arange(problem.max_len, device="cuda") > last[:, None])[:, None, None, :], -torch.inf)
         expected = torch.einsum("tkgn,nkd->tkgd", s.softmax(-1), kv[..., : problem.value_dim]).flatten(1, 2)
         error = ((x.out[i].double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-        lse_error = (x.lse[i].double() - s.logsumexp(-1).flatten(1, 2)).abs().max().item()
+        unit = 1.0 if problem.lse_base == "e" else math.log(2.0)
+        lse_error = (x.lse[i].double() * unit - s.logsumexp(-1).flatten(1, 2)).abs().max().item()
         if not (error <= ROW_ERROR[problem.q_dtype] and lse_error <= 1e-3):
             raise RuntimeError(f"{problem}: request {i} is off by {error:.2g} of a row's length, its lse by {lse_error:.2g}")
         largest = max(largest, error)
