@@ -7,6 +7,7 @@
 #include "layout/partial.h"
 #include "problem.h"
 #include "schedule/partition.h"
+#include "schedule/slots.h"
 
 namespace mla::cuda {
 
@@ -20,14 +21,6 @@ struct PlanShape {
   size_t partial_out_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots * partial.out_floats()); }
   size_t partial_lse_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots * partial.lse_floats()); }
 };
-
-// Partial results that fixed_chunk can leave behind. A request of n blocks > c = chunk_blocks leaves ceil(n / c) <= 2 (n - 1) / c for each
-// item, and n - 1 blocks are full; so either bound holds, from the requests or from all tokens together.
-inline int64_t fixed_chunk_slots(const Problem& p, const schedule::Config& c, int64_t items_per_request) {
-  const int64_t by_request = p.max_batch * items_per_request * c.chunks(p.max_len);
-  const int64_t by_tokens = items_per_request * 2 * ceil_div(p.max_tokens, int64_t{c.block_tokens} * c.chunk_blocks);
-  return std::min(by_request, by_tokens);
-}
 
 inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   PlanShape shape{};
@@ -45,7 +38,7 @@ inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   shape.partial.strips =
       static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));
   shape.items_per_request = static_cast<int32_t>(c.items(p.q_len));
-  c.slots = c.chunk_blocks > 0 ? fixed_chunk_slots(p, c, shape.items_per_request) : 2 * int64_t{c.parts};
+  c.slots = schedule::slots_needed(c, p);
   return shape;
 }
 

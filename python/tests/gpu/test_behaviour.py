@@ -198,13 +198,13 @@ def test_hostile_cu_seqlens_do_not_fault() -> None:
 
 
 def test_tokens_over_the_plans_maximum_come_out_as_nan() -> None:
-    x = Batch(Case([3000] * 4, [1] * 4, 16, flags=":chunk64:m3000"))  # room for twice 3000 tokens, see fixed_chunk_slots
+    x = Batch(Case([3000] * 4, [1] * 4, 16, flags=":chunk64:m3000"))  # room for 50 partials, see schedule/slots.h; a request leaves 47
     x.run()
     expected, _ = x.reference_all()
     error = (x.out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert (error[:2] < 6e-3).all()
-    assert x.out[2:].isnan().all()
-    assert x.lse[2:].isnan().all()
+    assert (error[:1] < 6e-3).all()
+    assert x.out[1:].isnan().all()
+    assert x.lse[1:].isnan().all()
 
 
 def test_any_stream_and_no_lse() -> None:
