@@ -178,9 +178,16 @@ def set_buffer(args: Any, name: str, how: str, arrays: dict[str, Any]) -> None:
     elif how == "garbage":
         ctypes.memset(args.schedule, 0x5A, args.schedule_bytes)
     else:
-        # An aligned address around the array. Nothing is written to it: the call is refused.
-        setattr(args, name, arrays[how.removeprefix("over ")].ctypes.data // 256 * 256)
+        setattr(args, name, arrays[how.removeprefix("over ")].ctypes.data)
         setattr(args, f"{name}_bytes", 1 << 30)
+
+
+def with_room_for_buffers(array: np.ndarray) -> np.ndarray:
+    """A copy where a workspace may begin: aligned, with room for what a call would write that is not refused."""
+    memory = abi.aligned_buffer(array.nbytes + (1 << 24), 256)
+    copy = memory[: array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def call_c(entry: dict[str, Any], arrays: dict[str, Any]) -> int:
@@ -228,6 +235,10 @@ def call_c(entry: dict[str, Any], arrays: dict[str, Any]) -> int:
                     args.schedule, args.schedule_bytes = plan.schedule_buffer.ctypes.data, size
             else:
                 plan.schedule(inputs)
+        for how in what.get("buffers", {}).values():
+            if how.startswith("over "):
+                name = how.removeprefix("over ")
+                arrays = {**arrays, name: with_room_for_buffers(arrays[name])}
         pointers = c_pointers(arrays, {**what, **what.get("later", {})})
         for name, pointer in pointers.items():
             if hasattr(args, name):

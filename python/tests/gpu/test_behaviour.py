@@ -198,7 +198,8 @@ def test_hostile_cu_seqlens_do_not_fault() -> None:
 
 
 def test_tokens_over_the_plans_maximum_come_out_as_nan() -> None:
-    x = Batch(Case([3000] * 4, [1] * 4, 16, flags=":chunk64:m3000"))  # room for 50 partials, see schedule/slots.h; a request leaves 47
+    # Room for 50 partials, see schedule/slots.h; a request leaves 47.
+    x = Batch(Case([3000] * 4, [1] * 4, 16, flags=":chunk64:m3000"))
     x.run()
     expected, _ = x.reference_all()
     error = (x.out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
