@@ -5,11 +5,11 @@
 
 namespace mla::schedule {
 
-// fn(const Piece&, int32_t n): n is the number of key blocks of the piece's request.
+// fn(const Piece&, int32_t n): n is the number of key blocks of the piece's request. end: boundary()[part + 1], wherever the caller has
+// room for it.
 template <class Fn>
-MLA_HD void for_each_piece(const Config& c, const ConstView& view, int32_t part, Fn&& fn) {
+MLA_HD void for_each_piece(const Config& c, const ConstView& view, int32_t part, const Boundary& end, Fn&& fn) {
   Boundary at = view.boundary()[part];
-  const Boundary end = view.boundary()[part + 1];
   while (is_before(at, end)) {
     // All loads of a request before the first branch: on the device they are one latency then, not three.
     const int32_t q_tokens = view.q_tokens(at.request);
@@ -23,6 +23,12 @@ MLA_HD void for_each_piece(const Config& c, const ConstView& view, int32_t part,
     fn(piece, n);
     at = after(piece, n);
   }
+}
+
+template <class Fn>
+MLA_HD void for_each_piece(const Config& c, const ConstView& view, int32_t part, Fn&& fn) {
+  const Boundary end = view.boundary()[part + 1];
+  for_each_piece(c, view, part, end, fn);
 }
 
 }  // namespace mla::schedule

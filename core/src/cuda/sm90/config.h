@@ -32,17 +32,18 @@ struct DecodeConfig {
   MLA_HD constexpr int slot_bytes() const { return groups() * layout::kGroupBytes; }
   // All shared memory that is left after Q and P: five slots of 36,864 bytes or six of 32,768.
   MLA_HD constexpr int ring_slots() const { return has_rope() ? 5 : 6; }
-  // Of the 16-column steps of Q the score warpgroup keeps the first in registers (4 each), the column groups of the others in shared memory.
+  // Of the 16-column steps of Q the score warpgroup keeps the first in registers (4 each), and from the first column group on that is not
+  // there whole all groups in shared memory.
   MLA_HD constexpr int q_steps() const { return head_dim / 16; }
-  MLA_HD constexpr int q_register_steps() const { return 24; }
+  MLA_HD constexpr int q_register_steps() const { return 26; }
   MLA_HD constexpr int q_first_shared_group() const { return q_register_steps() / 4; }
   MLA_HD constexpr int q_shared_groups() const { return groups() - q_first_shared_group(); }
 };
 
 // setmaxnreg of each role; together 512 x 128. An output warpgroup holds 128 accumulators: under 160 ptxas gives up (C7507).
-inline constexpr int kScoreRegisters = 152;
+inline constexpr int kScoreRegisters = 160;
 inline constexpr int kOutputRegisters = 160;
-inline constexpr int kLoaderRegisters = 40;
+inline constexpr int kLoaderRegisters = 32;
 static_assert(kScoreRegisters + 2 * kOutputRegisters + kLoaderRegisters == 512);
 
 }  // namespace mla::cuda::sm90

@@ -4,6 +4,7 @@
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/protocol.h"
 #include "layout/smem_plan.h"
+#include "schedule/partition.h"
 
 namespace mla::cuda::sm90 {
 
@@ -27,6 +28,7 @@ inline constexpr int32_t kDropped = -2;  // no room in scratch (more tokens than
 struct Control {
   uint64_t barriers[kBarrierCount];
   Work work[kWorkStages];
+  schedule::Boundary part_end;                  // the planner's
   float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
   float scale[kTileRows];                       // what O is multiplied with at the end

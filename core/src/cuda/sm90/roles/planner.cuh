@@ -10,16 +10,20 @@ namespace mla::cuda::sm90 {
 __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleContext& ctx, int tile, int part) {
   const schedule::ConstView view(p.schedule, p.layout);
   WorkCursor at;
-  schedule::for_each_piece(p.config, view, part, [&](const schedule::Piece& piece, int32_t) {
+  schedule::Boundary& end = ctx.control->part_end;  // read again for each piece
+  end = view.boundary()[part + 1];
+  schedule::for_each_piece(p.config, view, part, end, [&](const schedule::Piece& piece, int32_t) {
     const int32_t first_row = piece.item / p.config.kv_heads * p.config.item_rows + tile * kTileRows;
     if (piece.request >= p.batch || first_row >= view.q_tokens(piece.request) * p.config.heads_per_kv_head)
       return;  // I1: the tile has a row
+    const int32_t slot =
+        piece.slot < 0 ? kWholeItem : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot) : kDropped;
     wait_empty<Barrier::kWorkEmpty>(ctx.barriers, at);
     Work& work = ctx.control->work[at.stage()];
     work.request = piece.request;
     work.begin_block = piece.begin_block;
     work.end_block = piece.end_block;
-    work.slot = piece.slot < 0 ? kWholeItem : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot) : kDropped;
+    work.slot = slot;
     work.first_row = first_row;
     work.kv_head = piece.item % p.config.kv_heads;
     work.len_tokens = view.len()[piece.request];

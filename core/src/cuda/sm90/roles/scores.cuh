@@ -71,19 +71,18 @@ struct Scores {
     uint32_t packed[8];
     const bool is_rescaled = move_maximum(s, p.scale_log2e, state, rescale);
     exponentials<kCfg.dtype>(s, p.scale_log2e, state, packed);
-    wait_empty<Barrier::kPEmpty>(ctx.barriers, p_at);
     store_p(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2), p_at.stage() % 2, ctx.warp, ctx.lane, packed);
     if (is_rescaled && ctx.lane % 4 == 0) {
       ctx.control->rescale[p_at.stage()][layout::fragment_row(ctx.thread, 0)] = rescale[0];
       ctx.control->rescale[p_at.stage()][layout::fragment_row(ctx.thread, 1)] = rescale[1];
     }
     if (ctx.lane == 0) ctx.control->is_rescaled[p_at.stage()][ctx.warp] = is_rescaled;
-    ptx::fence_proxy_async();
-    __syncwarp();
   }
 
   // I2: P and the rescale factors of the slot are in shared memory before this arrive.
   __device__ __forceinline__ void hand_over_p() {
+    ptx::fence_proxy_async();
+    __syncwarp();
     if (ctx.lane == 0) arrive<Barrier::kPFull>(ctx.barriers, p_at.stage());
     p_at.advance();
   }
@@ -99,29 +98,39 @@ struct Scores {
         min(int64_t{work.len_tokens}, shard_tokens(seen_of_all, p.cp_world, p.cp_rank, p.cp_turn)));
   }
 
+  // Whether the slot at `ring` is; the warp agrees.
+  __device__ __forceinline__ bool is_slot_full() const {
+    return __all_sync(ptx::kWholeWarp, is_full<Barrier::kSlotFull>(ctx.barriers, ring));
+  }
+
   // P is handed over only when the next slot's products are issued, so that P V runs under the next exponentials and not beside the next
-  // Q K^T; where the next slot is not there yet, at once.
+  // Q K^T; where the next slot is not there yet, at once. Whatever has to be waited or asked for is so while the tensor cores finish.
   __device__ __forceinline__ void run_slots(const Work& work) {
     const int32_t begin = work.begin_block * kBlockTokens;
     const int32_t slots = (work.end_block - work.begin_block) * 2;
     int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)) - begin,
                       visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
     const int32_t first_masked = (max(visible_keys(work, 0), 0) - begin) / layout::kSlotRows;  // row 0 sees least
-    bool has_p = false;  // a P that was not handed over
+    bool has_p = false;     // a P that was not handed over
+    bool is_there = false;  // whether the slot is known to be full
 #pragma unroll 1
     for (int32_t slot = 0; slot < slots; ++slot) {
-      if (has_p && !is_full<Barrier::kSlotFull>(ctx.barriers, ring)) {
-        hand_over_p();
-        has_p = false;
+      if (!is_there) {
+        if (has_p && !is_slot_full()) {
+          hand_over_p();
+          has_p = false;
+        }
+        wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
       }
-      wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
       float s[16];
       issue_scores(s);
+      ring.advance();
       if (has_p) hand_over_p();
+      wait_empty<Barrier::kPEmpty>(ctx.barriers, p_at);
+      is_there = is_slot_full();
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(s);
       weigh(s, slot >= first_masked, visible);
-      ring.advance();
       has_p = true;
       visible[0] -= layout::kSlotRows;
       visible[1] -= layout::kSlotRows;

@@ -29,7 +29,8 @@ __device__ __forceinline__ void take_q(uint32_t slot, uint32_t s_q, int run, int
     if (step < kCfg.q_register_steps()) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) r_q[step][i] = r[i];
-    } else {
+    }
+    if (group >= kCfg.q_first_shared_group()) {
       const uint32_t target = s_q + (group - kCfg.q_first_shared_group()) * kTileRows * layout::kSwizzleRowBytes;
       ptx::stmatrix_x4(target + layout::swizzled_chunk(row_in_tile, chunk), r[0], r[1], r[2], r[3]);
     }
