@@ -134,6 +134,33 @@ def test_graph_replay_reads_lengths_tables_and_q_on_the_device() -> None:
         y.check()
 
 
+@pytest.mark.parametrize("lengths", [[200] * 128, [190 + i % 20 for i in range(128)], MIXED, [64] * 3])
+@pytest.mark.parametrize("q_heads", [16, 128])
+def test_calls_in_a_row_see_each_others_results(lengths: list[int], q_heads: int) -> None:
+    """Whether requests are whole or cut: the kernels of a stream overlap, and one that has nothing to join ends early."""
+    batch = len(lengths)
+    x = Batch(Case(lengths, [1] * batch, q_heads, head_dim=512))
+    plan = cabi.Plan(x.case.problem)
+    shorter = x.lengths // 2
+
+    def chain(is_synchronised: bool) -> torch.Tensor:
+        rows = [x.q.clone(), torch.zeros_like(x.q)]
+        for i in range(24):
+            plan.schedule(shorter if i % 6 < 3 else x.lengths)
+            for _ in range(3):
+                plan.decode(q=rows[0], kv_cache=x.kv, block_table=x.table, out=rows[1], lse=x.lse)
+                rows.reverse()
+                if is_synchronised:
+                    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        return rows[0]
+
+    expected = chain(is_synchronised=True)
+    assert expected.isfinite().all()
+    for _ in range(3):
+        assert torch.equal(bits(chain(is_synchronised=False)), bits(expected))
+
+
 @pytest.mark.parametrize("flags", ["", ":causal", ":chunk128"])
 def test_hostile_lengths_and_tables_do_not_fault(flags: str) -> None:
     plan = cabi.Plan("dense:bf16:b6:q2:h16:p64:l1000:cuda0" + flags)

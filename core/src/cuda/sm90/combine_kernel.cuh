@@ -183,9 +183,10 @@ __global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 4 : 3)
   const schedule::ConstView view(p.schedule, p.layout);
   const schedule::Boundary item = item_of_block(p, view);
   int count = item.request < p.batch ? list_slots(p, view, item, 0, s_slots) : 0;
-  ptx::
-      griddepcontrol_wait();  // also by CTAs with nothing to do: no kernel of the stream may overtake decode through this one
   ptx::griddepcontrol_launch_dependents();
+  // I10: the first CTA waits in any case, so that this kernel does not end before decode. Others with nothing to do make room at once.
+  if (count < 2 && (blockIdx.x > 0 || blockIdx.y > 0)) return;
+  ptx::griddepcontrol_wait();
   if (count < 2) return;
   Work work{item.request,
             0,
