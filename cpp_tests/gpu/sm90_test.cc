@@ -89,12 +89,16 @@ mla::Plan make_plan(const mla::Problem& problem, const mla::Backend& backend) {
 
 void require_ok(const mla::Status& status) { REQUIRE_MESSAGE(status.is_ok(), status.message()); }
 
-std::vector<std::byte> host_schedule(const mla::Plan& plan, const std::vector<int32_t>& lengths) {
+// q_begin: empty, or batch + 1 numbers.
+std::vector<std::byte> host_schedule(const mla::Plan& plan, const std::vector<int32_t>& lengths,
+                                     const std::vector<int32_t>& q_begin) {
   std::vector<std::byte> bytes(plan.layout().bytes(), std::byte{0xA5});
   mla::schedule::build(
       plan.config, mla::schedule::View(bytes.data(), plan.layout()), static_cast<int32_t>(lengths.size()),
       [&](int32_t r) { return lengths[static_cast<size_t>(r)]; },
-      [&](int32_t r) { return static_cast<int32_t>(r * plan.problem.q_len); });
+      [&](int32_t r) {
+        return q_begin.empty() ? static_cast<int32_t>(r * plan.problem.q_len) : q_begin[static_cast<size_t>(r)];
+      });
   return bytes;
 }
 
@@ -190,29 +194,127 @@ void check_decode(const Shape& s) {
 
 }  // namespace
 
+namespace {
+
+// The device's schedule of these lengths (and query tokens, where they are ragged), against the host's of s.lengths.
+void check_schedule(const Shape& s, const std::vector<int32_t>& given, const std::vector<int32_t>& q_begin = {}) {
+  mla::Plan plan = make_plan(make_problem(s), mla::kSm90Backend);
+  plan.config.plan_key = 12345;
+  Buffer<int32_t> lengths(given), cu_seqlens_q(q_begin);
+  Buffer<std::byte> schedule(std::vector<std::byte>(plan.layout().bytes(), std::byte{0xA5}));
+  mla::ScheduleCall call{static_cast<int32_t>(given.size()), {lengths.device(), 1}, {}, schedule.device()};
+  if (!q_begin.empty()) call.cu_seqlens_q = {cu_seqlens_q.device(), 1};
+  require_ok(mla::kSm90Backend.schedule(plan, call, nullptr));
+  schedule.download();
+  const std::vector<std::byte> expected = host_schedule(plan, s.lengths, q_begin);
+  CAPTURE(s.lengths.size());
+  CAPTURE(s.q_heads);
+  CAPTURE(s.q_len);
+  CAPTURE(s.chunk_tokens);
+  CHECK(std::memcmp(schedule.host.data(), expected.data(), expected.size()) == 0);
+}
+
+// No request of the host's schedule is cut.
+bool is_whole(const Shape& s) {
+  const mla::Plan plan = make_plan(make_problem(s), mla::kSm90Backend);
+  const std::vector<std::byte> bytes = host_schedule(plan, s.lengths, {});
+  const mla::schedule::ConstView view(bytes.data(), plan.layout());
+  for (int32_t p = 0; p < plan.config.parts; ++p) {
+    if (view.boundary()[p].block > 0) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 TEST_CASE("the device's schedule has the host's bytes") {
   if (!has_hopper()) return;
   std::mt19937 random(3);
   for (const int32_t chunk : {0, 128, 2048}) {
     for (const int64_t q_len : {1, 2, 5}) {
-      for (const size_t batch : {1, 2, 7, 128, 513, 2500}) {
+      for (const size_t batch : {1, 2, 7, 128, 256, 257, 513, 2500}) {
         Shape s{q_len, 100, 1, 64, true, chunk, std::vector<int32_t>(batch)};
         for (int32_t& n : s.lengths) n = random() % 4 == 0 ? 0 : static_cast<int32_t>(random() % 9000);
         s.lengths[0] = 9000;
-        mla::Plan plan = make_plan(make_problem(s), mla::kSm90Backend);
-        plan.config.plan_key = 12345;
-        Buffer<int32_t> lengths(s.lengths);
-        Buffer<std::byte> schedule(std::vector<std::byte>(plan.layout().bytes(), std::byte{0xA5}));
-        require_ok(mla::kSm90Backend.schedule(
-            plan, {static_cast<int32_t>(batch), {lengths.device(), 1}, {}, schedule.device()}, nullptr));
-        schedule.download();
-        const std::vector<std::byte> expected = host_schedule(plan, s.lengths);
-        CAPTURE(batch);
-        CAPTURE(chunk);
-        CHECK(std::memcmp(schedule.host.data(), expected.data(), expected.size()) == 0);
+        check_schedule(s, s.lengths);
       }
     }
   }
+}
+
+TEST_CASE("the device's schedule has the host's bytes where requests are whole, or nearly could be") {
+  if (!has_hopper()) return;
+  std::mt19937 random(4);
+  int whole = 0, cut = 0;
+  for (const int32_t q_heads : {16, 128, 512}) {
+    for (const size_t batch : {1, 31, 64, 66, 96, 120, 128, 132, 133, 264, 400, 511, 512, 513, 2048, 2049}) {
+      for (const int32_t spread : {0, 3, 10, 30}) {
+        for (const int32_t length : {64, 700, 4096}) {
+          Shape s{1, q_heads, 1, 64, false, 0, std::vector<int32_t>(batch)};
+          for (int32_t& n : s.lengths) n = length * (100 - static_cast<int32_t>(random() % 100) * spread / 100) / 100;
+          check_schedule(s, s.lengths);
+          (is_whole(s) ? whole : cut) += 1;
+        }
+      }
+    }
+  }
+  MESSAGE(whole, " whole, ", cut, " cut");
+  CHECK(whole > 100);
+  CHECK(cut > 100);
+}
+
+TEST_CASE("small schedules of every way have the host's bytes") {
+  if (!has_hopper()) return;
+  const Shape even{1, 16, 1, 64, false, 0, std::vector<int32_t>(128, 1000)},
+      cut{2, 9, 1, 64, true, 0, {3000, 1, 0, 700}};
+  Shape packed{1, 16, 1, 64, false, 0, std::vector<int32_t>(200)};
+  std::mt19937 random(6);
+  for (int32_t& n : packed.lengths) n = 64 + static_cast<int32_t>(random() % 400);
+  const mla::Plan plan = make_plan(make_problem(packed), mla::kSm90Backend);
+  std::vector<std::byte> bytes = host_schedule(plan, packed.lengths, {});
+  const mla::schedule::View view(bytes.data(), plan.layout());
+  REQUIRE(is_whole(packed));
+  REQUIRE_FALSE(mla::schedule::keep_whole_even(plan.config, view, 200,
+                                               mla::schedule::whole_limit(plan.config, view.header()->total_cost)));
+  for (const Shape& s : {even, cut, packed, Shape{1, 16, 1, 64, false, 128, {3000, 1, 0, 700}}})
+    check_schedule(s, s.lengths);
+  check_schedule({5, 16, 1, 64, false, 128, {3000, 1, 700}}, {3000, 1, 700}, {0, 5, 5, 8});
+}
+
+TEST_CASE("the device's schedule has the host's bytes for ragged queries") {
+  if (!has_hopper()) return;
+  std::mt19937 random(5);
+  for (const int32_t chunk : {0, 128}) {
+    for (const size_t batch : {1, 33, 128, 256, 257, 1000, 2500}) {
+      Shape s{5, 100, 1, 64, false, chunk, std::vector<int32_t>(batch)};
+      std::vector<int32_t> q_begin = {0};
+      for (int32_t& n : s.lengths) {
+        n = static_cast<int32_t>(random() % 3000);
+        q_begin.push_back(q_begin.back() + static_cast<int32_t>(random() % 6));
+      }
+      check_schedule(s, s.lengths, q_begin);
+    }
+  }
+}
+
+TEST_CASE("the device's schedule takes invalid lengths for empty requests") {
+  if (!has_hopper()) return;
+  Shape s{1, 16, 1, 64, false, 0, std::vector<int32_t>(128, 4000)};
+  std::vector<int32_t> given = s.lengths;
+  for (const size_t r : {3, 64, 127}) {
+    given[r] = r == 64 ? -5 : INT32_MAX;
+    s.lengths[r] = mla::schedule::kInvalidLen;
+  }
+  check_schedule(s, given);
+}
+
+TEST_CASE("the device's schedule is the same where costs need 64 bits") {
+  if (!has_hopper()) return;
+  Shape s{1, 16, 1, 64, false, 0, std::vector<int32_t>(200, 4000)};
+  s.lengths[7] = INT32_MAX - 1000;
+  check_schedule(s, s.lengths);
+  s.lengths.assign(128, INT32_MAX - 1000);
+  check_schedule(s, s.lengths);
 }
 
 TEST_CASE("small batches match double precision") {

@@ -2,8 +2,64 @@
 #pragma once
 
 #include "schedule/view.h"
+#include "schedule/whole.h"
 
 namespace mla::schedule {
+
+// Three ways to set where parts begin, from the costs. Positions only grow, so no search goes back.
+
+// Cuts requests where equal shares end, at the granularity of cells.
+inline void cut(const Config& c, const View& view, int32_t batch) {
+  const int64_t* prefix = view.cost_prefix();
+  int32_t request = 0;
+  for (int32_t p = 0; p < c.parts; ++p) {
+    const int64_t position = part_position(p, c.parts, prefix[batch]);
+    while (request < batch && prefix[request + 1] <= position) ++request;
+    view.boundary()[p] = request >= batch ? Boundary{batch, 0, 0, 0}
+                                          : boundary_in_request(c, request, position - prefix[request],
+                                                                view.len()[request], c.items(view.q_tokens(request)));
+  }
+}
+
+// even of whole.h. False: it does not fit.
+inline bool keep_whole_even(const Config& c, const View& view, int32_t batch, int64_t limit) {
+  const int64_t* prefix = view.cost_prefix();
+  int32_t request = 0, before = 0;
+  for (int32_t p = 0; p < c.parts; ++p) {
+    const int64_t position = part_position(p, c.parts, prefix[batch]);
+    while (request < batch && prefix[request + 1] <= position) ++request;
+    int32_t begin = request;
+    if (batch <= c.parts)
+      begin = static_cast<int32_t>(part_position(p, c.parts, batch));
+    else if (request < batch)
+      begin = nearest_edge(request, prefix[request], prefix[request + 1], position);
+    if (p > 0 && prefix[begin] - prefix[before] > limit) return false;
+    view.boundary()[p] = {begin, 0, 0, 0};
+    before = begin;
+  }
+  return prefix[batch] - prefix[before] <= limit;
+}
+
+// packed of whole.h. False: it does not fit.
+inline bool keep_whole_packed(const Config& c, const View& view, int32_t batch, int64_t limit) {
+  const int64_t* prefix = view.cost_prefix();
+  if (batch > kMostPacked) return false;
+  int32_t request = 0;
+  for (int32_t p = 0; p < c.parts; ++p) {
+    view.boundary()[p] = {request, 0, 0, 0};
+    const int64_t most = prefix[request] + limit;
+    while (request < batch && prefix[request + 1] <= most) ++request;
+  }
+  return request == batch;
+}
+
+inline void set_boundaries(const Config& c, const View& view, int32_t batch) {
+  const int64_t limit = whole_limit(c, view.cost_prefix()[batch]);
+  const bool is_whole =
+      c.chunk_blocks == 0 && (keep_whole_even(c, view, batch, limit) || keep_whole_packed(c, view, batch, limit));
+  if (!is_whole) cut(c, view, batch);
+  view.boundary()[c.parts] = {batch, 0, 0, 0};
+}
 
 // Reads len_tokens(r) and q_begin(r) (both already valid) for r in [0, batch) and q_begin(batch).
 template <class LenFn, class QBeginFn>
@@ -26,15 +82,7 @@ void build(const Config& c, const View& view, int32_t batch, LenFn&& len_tokens,
   view.cost_prefix()[batch] = cost;
   view.slot_prefix()[batch] = slots;
 
-  int32_t request = 0;  // positions only grow, so the search never goes back
-  for (int32_t p = 0; p < c.parts; ++p) {
-    const int64_t position = part_position(p, c.parts, cost);
-    while (request < batch && view.cost_prefix()[request + 1] <= position) ++request;
-    view.boundary()[p] = request >= batch ? Boundary{batch, 0, 0, 0}
-                                          : boundary_in_request(c, request, position - view.cost_prefix()[request],
-                                                                view.len()[request], c.items(view.q_tokens(request)));
-  }
-  view.boundary()[c.parts] = {batch, 0, 0, 0};
+  set_boundaries(c, view, batch);
   header->batch = batch;
   header->parts = c.parts;
   header->plan_key = c.plan_key;

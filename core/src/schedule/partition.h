@@ -3,7 +3,7 @@
 // An item is (request, row group, kv head): up to item_rows query rows that walk one request's keys together. The work of a batch is
 // a line on which an item of a request with n blocks of keys is as long as n + overhead_blocks. Part p of P begins where position
 // p * total / P falls; it ends where part p + 1 begins. Neighbours share a boundary, so every block is covered exactly once, and a
-// part costs at most ceil(total / P) + overhead_blocks.
+// part costs at most ceil(total / P) + overhead_blocks. But a balanced schedule cuts either like this or not at all: whole.h.
 //
 // A boundary is a cell (request, item, block). An item with keys owns cells 0 .. n-1; an item without keys owns cell 0, so that one
 // part visits it and writes its empty rows. A position inside the overhead of an item maps to the item's cell 0.
@@ -31,6 +31,7 @@ struct Config {
   int32_t chunk_blocks;     // 0: balanced
   int32_t plan_key;         // set after the backend's plan(): ties a schedule to its plan
   int64_t slots;            // partial results that fit into scratch
+  int32_t cut_blocks = 0;   // most of what its cuts cost a part, see whole.h
 
   MLA_HD constexpr int32_t blocks(int64_t len_tokens) const {
     return static_cast<int32_t>((len_tokens + block_tokens - 1) / block_tokens);
@@ -87,8 +88,8 @@ MLA_HD constexpr int64_t part_at(int64_t x, int64_t parts, int64_t total) { retu
 MLA_HD constexpr Boundary boundary_in_request(const Config& c, int32_t request, int64_t offset, int64_t len_tokens,
                                               int64_t item_count) {
   const int64_t cost = c.item_cost(len_tokens);
-  int64_t item = offset / cost;
-  int64_t block = offset % cost - c.overhead_blocks;
+  int64_t item = item_count > 1 ? offset / cost : 0;
+  int64_t block = offset - item * cost - c.overhead_blocks;
   if (block < 0) block = 0;
   if (c.chunk_blocks > 0) {
     block = (block + c.chunk_blocks - 1) / c.chunk_blocks * c.chunk_blocks;

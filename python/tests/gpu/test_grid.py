@@ -84,3 +84,17 @@ def test_cache_above_two_to_the_31_elements() -> None:
         used[i, :count] = moved[x.table[i, :count].long()].int()
     x.run(kv_cache=kv, block_table=used)
     x.check()
+
+
+@pytest.mark.parametrize("q_heads", [16, 64, 128])
+@pytest.mark.parametrize("batch", [60, 66, 128, 132, 133, 270])
+def test_batches_whose_requests_are_whole_or_nearly(batch: int, q_heads: int) -> None:
+    rng = random.Random(batch)
+    for lengths in (
+        [300] * batch,
+        [rng.randrange(250, 350) for _ in range(batch)],
+        [rng.choice((0, 30, 90)) for _ in range(batch)],
+    ):
+        x = Batch(Case(lengths, [1] * batch, q_heads, seed=batch))
+        x.run()
+        x.check()

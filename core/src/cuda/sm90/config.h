@@ -17,7 +17,7 @@ inline constexpr int kLatentGroups = 8;  // column groups of the value part
 inline constexpr int kThreads = 512;     // four warpgroups
 inline constexpr int kMathThreads = 128;
 
-inline constexpr int kScheduleThreads = 512;
+inline constexpr int kScheduleThreads = 256;
 inline constexpr int kCombineWarps = 8;
 inline constexpr int kCombineThreads = 32 * kCombineWarps;
 inline constexpr int kCombineTiles = 4;    // of a warp, where items are cut into few pieces
