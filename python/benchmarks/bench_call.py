@@ -1,6 +1,6 @@
 """What a call costs in Python, in microseconds over the library's own work: a batch of no requests leaves nothing else to time.
 
-python python/benchmarks/bench_call.py [torch|numpy]
+python python/benchmarks/bench_call.py [torch|numpy|torch:cuda]
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ def microseconds(call: Callable[[], Any], number: int = 5000, rounds: int = 15) 
     return min(timeit.repeat(call, number=number, repeat=rounds)) / number * 1e6
 
 
-def main(framework: str) -> None:
-    case = testing.Case("dense:bf16:b1:q1:h16:l256", (130,))
-    full = testing.make_inputs(case, framework)
+def main(chosen: str) -> None:
+    framework, _, device = chosen.partition(":")
+    case = testing.Case("dense:bf16:b1:q1:h16:l256" + (":cuda0" if device == "cuda" else ""), (130,))
+    full = testing.make_inputs(case, framework, device or "cpu")
     q, cache, table, lengths = full.q[:0], full.kv_cache, full.block_table[:0], full.cache_seqlens[:0]
     out, lse = full.out[:0], full.lse[:0]
     plan = mlakit.Plan(case.problem)
@@ -34,10 +35,13 @@ def main(framework: str) -> None:
         "mla_decode(out=, lse=)": lambda: mlakit.mla_decode(q, cache, table, lengths, out=out, lse=lse),
         "mla_decode()": lambda: mlakit.mla_decode(q, cache, table, lengths),
     }
+    if framework == "torch":
+        # What new outputs cost at the least.
+        calls["torch.empty, twice"] = lambda: (q.new_empty((0, 1, 16, 512)), q.new_empty((0, 1, 16), dtype=lse.dtype))
     for name, call in calls.items():
-        print(f"{framework:6} {name:24} {microseconds(call):6.2f} us")
+        print(f"{chosen:10} {name:24} {microseconds(call):6.2f} us")
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or ["torch", "numpy"]:
-        main(chosen)
+    for name in sys.argv[1:] or ["torch", "numpy"]:
+        main(name)

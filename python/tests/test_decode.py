@@ -185,6 +185,77 @@ def test_plans_are_cached_while_a_batch_decodes_step_by_step() -> None:
     assert hits == steps - misses
 
 
+def decode_with_scale(batch: Any, scale: float) -> tuple[int, int]:
+    """(hits, misses) of one call; each scale is another plan."""
+    before = mlakit.plan_cache_info()
+    mlakit.mla_decode(batch.q, batch.kv_cache, batch.block_table, batch.cache_seqlens, softmax_scale=scale)
+    after = mlakit.plan_cache_info()
+    return after[0] - before[0], after[1] - before[1]
+
+
+def test_the_plan_cache_is_bounded_and_keeps_what_was_used_last() -> None:
+    batch = make_batch([3], q_heads=1)
+    size = mlakit.plan_cache_info()[2]
+    assert size == 64
+    for i in range(size):
+        assert decode_with_scale(batch, 1 + i) == (0, 1)
+    assert decode_with_scale(batch, 1) == (1, 0)  # the oldest, now the newest
+    assert decode_with_scale(batch, 1 + size) == (0, 1)  # in the place of the second
+    assert mlakit.plan_cache_info()[3] == size
+    assert decode_with_scale(batch, 1) == (1, 0)
+    assert decode_with_scale(batch, 2) == (0, 1)
+    mlakit.clear_plan_cache()
+    assert mlakit.plan_cache_info() == (0, 0, size, 0)
+
+
+def test_every_option_is_part_of_the_plan_caches_key() -> None:
+    batch = make_batch([200, 65], dtype="fp32", q_len=2)
+    arguments = (batch.q, batch.kv_cache, batch.block_table, batch.cache_seqlens)
+    options: list[dict[str, Any]] = [
+        *({}, {"causal": True}, {"softmax_scale": 0.25}, {"lse_base": "2"}, {"value_dim": 448}),
+        *({"split": "fixed_chunk"}, {"split": "fixed_chunk", "chunk_tokens": 128}, {"context": mlakit.Context(num_threads=1)}),
+        *({"cp_world": 2}, {"cp_world": 2, "cp_rank": 1}, {"cp_world": 2, "cp_turn": 16}),
+        *({"out": np.empty((2, 2, 4, 512), np.float32)}, {"cu_seqlens_q": np.array([0, 1, 4], np.int32)}),
+    ]
+    bits = []
+    for _ in range(2):
+        for given in options:
+            if "cu_seqlens_q" in given:
+                out, lse = mlakit.mla_decode(batch.q.reshape(4, 4, 576), *arguments[1:], **given)
+            else:
+                out, lse = mlakit.mla_decode(*arguments, **given)
+            bits.append((out.tobytes(), lse.tobytes()))
+    assert bits[: len(options)] == bits[len(options) :]
+    # An output that is given and has the type that a new one would have is no other plan.
+    assert mlakit.plan_cache_info() == (len(options) + 1, len(options) - 1, 64, len(options) - 1)
+
+
+@pytest.mark.parametrize("split", [None, 3, ["balanced"]])
+def test_an_option_of_the_wrong_type_is_refused(split: Any) -> None:
+    batch = make_batch([3])
+    with pytest.raises(ValueError, match=r"^split: expected one of 'balanced', 'fixed_chunk', got"):
+        mlakit.mla_decode(batch.q, batch.kv_cache, batch.block_table, batch.cache_seqlens, split=split)
+
+
+def test_fixed_chunk_sums_lengths_with_gaps() -> None:
+    """The sum of the lengths bounds a fixed_chunk plan; too small a bound is refused."""
+    batch = make_batch([700, 0, 3000, 5])
+    expected = mlakit.mla_decode(batch.q, batch.kv_cache, batch.block_table, batch.cache_seqlens, split="fixed_chunk")
+    lengths = np.full(12, -7, np.int32)[::3]
+    lengths[:] = batch.cache_seqlens
+    out, lse = mlakit.mla_decode(batch.q, batch.kv_cache, batch.block_table, lengths, split="fixed_chunk")
+    assert np.array_equal(out, expected[0])
+    assert np.array_equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("missing", ["q", "kv_cache", "block_table", "cache_seqlens"])
+def test_a_tensor_left_out_is_named(missing: str) -> None:
+    batch = make_batch([3])
+    arguments = {name: getattr(batch, name) for name in ("q", "kv_cache", "block_table", "cache_seqlens")}
+    with pytest.raises((TypeError, ValueError), match=rf"^{missing}: "):
+        mlakit.mla_decode(**{**arguments, missing: None})
+
+
 def test_threads_get_the_same_bits() -> None:
     batch = make_batch([500, 20, 0, 129], dtype="bf16", q_heads=8)
     arguments = (batch.q, batch.kv_cache, batch.block_table, batch.cache_seqlens)

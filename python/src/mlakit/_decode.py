@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from . import _ext
@@ -90,87 +89,33 @@ def mla_decode(
             raise ValueError(f"kv_cache: expected one tensor or a pair (latent, rope), got a tuple of {len(kv_cache)}")
         kv_cache, kv_rope = kv_cache
     framework = framework_of(type(q))
+    framework.refuse_gradients(q, q_rope, kv_cache)
     if stream is None:
         stream = framework.stream(q)
-    device_type, device_id, q_dtype, q_shape = _ext.describe(q, "q", stream)
-    _, _, kv_dtype, kv_shape = _ext.describe(kv_cache, "kv_cache", stream)
-    _, _, _, table_shape = _ext.describe(block_table, "block_table", stream)
-    is_ragged = cu_seqlens_q is not None
-    if len(q_shape) != (3 if is_ragged else 4) or len(kv_shape) != 4 or len(table_shape) != 2:
-        _refuse_ranks(q_shape, is_ragged, kv_shape, table_shape)
-    is_fixed_chunk_on_cpu = split == "fixed_chunk" and device_type == DEVICES["cpu"]
-    plan = _cached_plan(
-        context,
-        device_type,
-        device_id,
-        q_dtype,
-        kv_dtype,
-        q_dtype if out is None else _ext.describe(out, "out", stream)[2],
-        is_ragged,
-        _rounded(table_shape[0] if is_ragged else max(q_shape[0], table_shape[0])),
-        _rounded(q_shape[0]) if is_ragged else q_shape[1],
-        _rounded(table_shape[1] * kv_shape[1]),
-        _rounded(sum(cache_seqlens.tolist())) if is_fixed_chunk_on_cpu else 0,
-        q_shape[-2],
-        kv_shape[2],
-        q_shape[-1] if q_rope is None else q_shape[-1] + _ext.describe(q_rope, "q_rope", stream)[3][-1],
-        value_dim,
-        kv_shape[1],
-        causal,
-        softmax_scale,
-        lse_base,
-        split,
-        chunk_tokens,
-        cp_world,
-        cp_rank,
-        cp_turn,
+    out, lse = _plans.decode(
+        framework,
+        (q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, cu_seqlens_q, global_seqlens, sink, out, lse),
+        (value_dim, split, causal, softmax_scale, lse_base, chunk_tokens, cp_world, cp_rank, cp_turn, context),
+        stream,
     )
-    if out is None:
-        out = framework.empty(q, (*q_shape[:-1], value_dim), _DTYPE_NAMES[q_dtype])
-    if lse is None:
-        lse = framework.empty(q, q_shape[:-1], "fp32")
-    schedule = plan.schedule(cache_seqlens, cu_seqlens_q, stream=stream)
-    plan._run(framework, q, q_rope, kv_cache, kv_rope, block_table, schedule, global_seqlens, sink, out, lse, None, stream)
     return framework.finish(out), framework.finish(lse)
 
 
 def clear_plan_cache() -> None:
     """Drops the plans that mla_decode has made, and their workspaces."""
-    _cached_plan.cache_clear()
+    _plans.clear()
 
 
-def plan_cache_info() -> tuple[int, int, int | None, int]:
+def plan_cache_info() -> tuple[int, int, int, int]:
     """(hits, misses, maxsize, currsize) of mla_decode's plan cache."""
-    return _cached_plan.cache_info()
+    return _plans.info()
 
 
-@functools.lru_cache(maxsize=64)
-def _cached_plan(
-    context: Context | None,
-    device_type: int,
-    device_id: int,
-    q_dtype: int,
-    kv_dtype: int,
-    out_dtype: int,
-    is_ragged: bool,
-    max_batch: int,
-    q_len: int,
-    max_len: int,
-    max_tokens: int,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    page_size: int,
-    causal: bool,
-    softmax_scale: float | None,
-    lse_base: LseBase,
-    split: Split,
-    chunk_tokens: int,
-    cp_world: int,
-    cp_rank: int,
-    cp_turn: int,
-) -> Plan:
+def _make_plan(numbers: tuple[int, ...], options: tuple[Any, ...]) -> tuple[_ext.Plan, str]:
+    """A plan for _ext.PlanCache, which calls this for numbers and options that it has not seen, and the name of q's type."""
+    device_type, device_id, q_dtype, kv_dtype, out_dtype, is_ragged, max_batch, q_len = numbers[:8]
+    max_len, max_tokens, q_heads, kv_heads, head_dim, page_size = numbers[8:]
+    value_dim, split, causal, softmax_scale, lse_base, chunk_tokens, cp_world, cp_rank, cp_turn, context = options
     for name, number in (("q", q_dtype), ("kv_cache", kv_dtype), ("out", out_dtype)):
         if number not in _DTYPE_NAMES:
             raise ValueError(f"{name}: expected elements of bf16, fp16 or fp32, got another type: convert it")
@@ -182,7 +127,7 @@ def _cached_plan(
         q_dtype=_DTYPE_NAMES[q_dtype],
         kv_dtype=_DTYPE_NAMES[kv_dtype],
         out_dtype=_DTYPE_NAMES[out_dtype],
-        ragged_q=is_ragged,
+        ragged_q=bool(is_ragged),
         max_batch=max_batch,
         q_len=q_len,
         max_q_tokens=q_len if is_ragged else 0,
@@ -202,24 +147,10 @@ def _cached_plan(
         cp_rank=cp_rank,
         cp_turn=cp_turn,
     )
-    return Plan(problem, context)
+    return Plan(problem, context)._native, _DTYPE_NAMES[q_dtype]
 
 
-def _rounded(extent: int) -> int:
-    """The next power of two, and at least 1: so few plans serve a growing batch or cache."""
-    return 1 << max(extent - 1, 0).bit_length()
-
-
-def _refuse_ranks(q: tuple[int, ...], is_ragged: bool, kv_cache: tuple[int, ...], block_table: tuple[int, ...]) -> None:
-    if is_ragged and len(q) != 3:
-        raise ValueError(f"q: expected [tokens, q_heads, head_dim] because cu_seqlens_q is given, got shape {list(q)}")
-    if not is_ragged and len(q) != 4:
-        raise ValueError(
-            f"q: expected [batch, q_len, q_heads, head_dim], got shape {list(q)}: reshape it, or pass cu_seqlens_q for ragged q"
-        )
-    if len(kv_cache) != 4:
-        raise ValueError(f"kv_cache: expected [pages, page_size, kv_heads, head_dim], got shape {list(kv_cache)}: reshape it")
-    raise ValueError(f"block_table: expected [batch, width], got shape {list(block_table)}: reshape it")
+_plans = _ext.PlanCache(64, _make_plan)
 
 
 def merge_states(

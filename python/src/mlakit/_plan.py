@@ -219,17 +219,14 @@ class Plan:
     ) -> None:
         framework.refuse_gradients(q, q_rope, kv_cache)
         borrowed = None
-        if self._is_cpu:
-            if scratch is None:
-                scratch = borrowed = self._take_scratch()
-        else:
-            if scratch is None and self.info.scratch_bytes:
-                scratch = framework.workspace(q, self.info.scratch_bytes, stream)
+        if not self._is_cpu:
             if stream is None:
                 stream = framework.stream(q)
+        elif scratch is None:
+            scratch = borrowed = self._take_scratch()
         tensors = (q, q_rope, kv_cache, kv_rope, block_table, schedule.cache_seqlens, global_seqlens, sink, out, lse)
         try:
-            self._native.decode(*tensors, schedule.buffer, scratch, stream)
+            self._native.decode(*tensors, schedule.buffer, scratch, framework, stream)
         finally:
             if borrowed is not None:
                 self._free.append(borrowed)

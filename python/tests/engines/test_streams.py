@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import mlakit
 from mlakit import testing
@@ -67,3 +68,37 @@ def test_one_call_looks_at_its_tensors_on_the_given_stream_too() -> None:
     mlakit.mla_decode(*arrays, out=out, lse=lse, stream=0x7F0)
     assert set(asked) == {0x7F0}
     testing.check_decode(case, inputs)
+
+
+class NoWorkspace:
+    """A framework that must not be asked."""
+
+
+class OwnWorkspace:
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def workspace(self, like: Any, nbytes: int, stream: int | None) -> torch.Tensor:
+        self.asked.append((nbytes, stream))
+        memory = torch.empty(nbytes + 256, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % 256 :][:nbytes]
+
+
+@pytest.mark.parametrize(("kind", "stream"), [("torch", None), ("torch", 0), ("numpy", None)])
+def test_where_a_workspace_comes_from(kind: str, stream: int | None) -> None:
+    """From torch's allocator, without a tensor in Python, for its own current stream; from the framework's Python side otherwise.
+
+    Plans for the CPU keep their own scratch, and this is how those for a GPU ask for theirs.
+    """
+    case = testing.mla_case([3000, 7], q_heads=4)
+    inputs = testing.make_inputs(case, kind)
+    plan = mlakit.Plan(case.problem, mlakit.Context(num_threads=2))
+    assert plan.info.scratch_bytes > 0
+    schedule = plan.schedule(inputs.cache_seqlens)
+    framework: Any = NoWorkspace() if kind == "torch" and stream is None else OwnWorkspace()
+    plan._native.decode(
+        *(inputs.q, None, inputs.kv_cache, None, inputs.block_table, inputs.cache_seqlens, None, None, inputs.out, inputs.lse),
+        *(schedule.buffer, None, framework, stream),
+    )
+    testing.check_decode(case, inputs)
+    assert getattr(framework, "asked", []) == ([] if kind == "torch" and stream is None else [(plan.info.scratch_bytes, stream)])

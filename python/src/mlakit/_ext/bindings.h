@@ -13,6 +13,7 @@ namespace nb = nanobind;
 // Raises the exception of a failing status, with the library's message.
 void check(mla_status status);
 
+void bind_plan_cache(nb::module_& m);
 void bind_problem(nb::module_& m);
 
 }  // namespace mlakit_py

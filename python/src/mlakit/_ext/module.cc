@@ -1,14 +1,13 @@
 // The module mlakit._ext: handles, and one function for each C call. Conversion only; every check is the library's.
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
-#include <optional>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
+#include "handles.h"
 #include "tensor.h"
 
 namespace mlakit_py {
@@ -45,93 +44,52 @@ void check(mla_status status) {
 
 namespace {
 
-using Stream = std::optional<uintptr_t>;  // None: the current stream of the producer of the first tensor
-
-// Calls a function of the library without the GIL.
-template <class Call>
-void run(Call call) {
-  mla_status status;
-  {
-    nb::gil_scoped_release release;
-    status = call();
-  }
-  check(status);
+void merge(const Context& context, nb::handle out_parts, nb::handle lse_parts, nb::handle out, nb::handle lse,
+           bool is_base2, Stream stream) {
+  void* given = reinterpret_cast<void*>(stream.value_or(0));
+  Tensor t_out_parts(out_parts, "out_parts", false, given), t_lse_parts(lse_parts, "lse_parts", false, given);
+  Tensor t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
+  mla_merge_args args{};
+  args.struct_size = sizeof args;
+  args.flags = is_base2 ? MLA_PROBLEM_LSE_BASE2 : 0;
+  args.out_parts = t_out_parts.get();
+  args.lse_parts = t_lse_parts.get();
+  args.out = t_out.get();
+  args.lse = t_lse.get();
+  void* on = stream ? given : t_out_parts.current_stream();
+  run([&] { return mla_merge(context.handle, &args, on); });
 }
 
-struct Context {
-  Context(std::optional<std::string> backend, int32_t num_threads) {
-    mla_context_options options{};
-    options.struct_size = sizeof options;
-    options.backend = backend ? backend->c_str() : nullptr;
-    options.num_threads = num_threads;
-    check(mla_context_create(&handle, &options));
-  }
-  ~Context() { mla_context_destroy(handle); }
-  Context(const Context&) = delete;
-  Context& operator=(const Context&) = delete;
+nb::typed<nb::dict, nb::str, nb::any> info_of(const Plan& plan) {
+  const mla_plan_info& info = plan.info;
+  nb::dict result;
+  result["backend"] = info.backend;
+  result["variant"] = info.variant;
+  result["problem"] = info.problem;
+  result["parts"] = info.parts;
+  result["block_tokens"] = info.block_tokens;
+  result["item_rows"] = info.item_rows;
+  result["slots"] = info.slots;
+  result["schedule_bytes"] = info.schedule_bytes;
+  result["schedule_alignment"] = info.schedule_alignment;
+  result["scratch_bytes"] = info.scratch_bytes;
+  result["scratch_alignment"] = info.scratch_alignment;
+  return result;
+}
 
-  void merge(nb::handle out_parts, nb::handle lse_parts, nb::handle out, nb::handle lse, bool is_base2,
-             Stream stream) const {
-    void* given = reinterpret_cast<void*>(stream.value_or(0));
-    Tensor t_out_parts(out_parts, "out_parts", false, given), t_lse_parts(lse_parts, "lse_parts", false, given);
-    Tensor t_out(out, "out", true, given), t_lse(lse, "lse", true, given);
-    mla_merge_args args{};
-    args.struct_size = sizeof args;
-    args.flags = is_base2 ? MLA_PROBLEM_LSE_BASE2 : 0;
-    args.out_parts = t_out_parts.get();
-    args.lse_parts = t_lse_parts.get();
-    args.out = t_out.get();
-    args.lse = t_lse.get();
-    void* on = stream ? given : t_out_parts.current_stream();
-    run([&] { return mla_merge(handle, &args, on); });
-  }
-
-  mla_context* handle = nullptr;
-};
-
-struct Plan {
-  Plan(const Context& context, const mla_problem& problem) {
-    check(mla_plan_create(&handle, context.handle, &problem));
-  }
-  ~Plan() { mla_plan_destroy(handle); }
-  Plan(const Plan&) = delete;
-  Plan& operator=(const Plan&) = delete;
-
-  nb::typed<nb::dict, nb::str, nb::any> info() const {
-    mla_plan_info info{};
-    info.struct_size = sizeof info;
-    check(mla_plan_get_info(handle, &info));
-    nb::dict result;
-    result["backend"] = info.backend;
-    result["variant"] = info.variant;
-    result["problem"] = info.problem;
-    result["parts"] = info.parts;
-    result["block_tokens"] = info.block_tokens;
-    result["item_rows"] = info.item_rows;
-    result["slots"] = info.slots;
-    result["schedule_bytes"] = info.schedule_bytes;
-    result["schedule_alignment"] = info.schedule_alignment;
-    result["scratch_bytes"] = info.scratch_bytes;
-    result["scratch_alignment"] = info.scratch_alignment;
-    return result;
-  }
-
-  void schedule(nb::handle cache_seqlens, nb::handle cu_seqlens_q, nb::handle buffer, Stream stream) const {
-    void* given = reinterpret_cast<void*>(stream.value_or(0));
-    Tensor t_seqlens(cache_seqlens, "cache_seqlens", false, given), t_cu(cu_seqlens_q, "cu_seqlens_q", false, given);
-    const Memory memory = memory_of(buffer, "schedule", true, given);
-    mla_schedule_args args{};
-    args.struct_size = sizeof args;
-    args.cache_seqlens = t_seqlens.get();
-    args.cu_seqlens_q = t_cu.get();
-    args.schedule = memory.data;
-    args.schedule_bytes = memory.bytes;
-    void* on = stream ? given : t_seqlens.current_stream();
-    run([&] { return mla_schedule(handle, &args, on); });
-  }
-
-  mla_plan* handle = nullptr;
-};
+void schedule(const Plan& plan, nb::handle cache_seqlens, nb::handle cu_seqlens_q, nb::handle buffer, Stream stream) {
+  void* given = reinterpret_cast<void*>(stream.value_or(0));
+  Tensor t_seqlens(cache_seqlens, "cache_seqlens", false, given), t_cu(cu_seqlens_q, "cu_seqlens_q", false, given);
+  const Memory memory = memory_of(buffer, "schedule", true, given);
+  mla_schedule_args args{};
+  args.struct_size = sizeof args;
+  args.cache_seqlens = t_seqlens.get();
+  args.cu_seqlens_q = t_cu.get();
+  args.schedule = memory.data;
+  args.schedule_bytes = memory.bytes;
+  void* on = stream ? given : t_seqlens.current_stream();
+  run([&] { return mla_schedule(plan.handle, &args, on); });
+}
 
 // One decode call, its tensors taken apart. Lives as long as the objects do.
 struct DecodeCall {
@@ -171,8 +129,10 @@ struct DecodeCall {
     args.scratch_bytes = scratch.bytes;
   }
 
+  void* stream() const { return is_given ? given : q.current_stream(); }
+
   void operator()() const {
-    void* on = is_given ? given : q.current_stream();
+    void* on = stream();
     run([&] { return mla_decode(handle, &args, on); });
   }
 
@@ -183,14 +143,22 @@ struct DecodeCall {
   mla_decode_args args{};
 };
 
+// scratch: None: the framework's, where the plan wants any.
 void decode(const Plan& plan, nb::handle q, nb::handle q_rope, nb::handle kv_cache, nb::handle kv_rope,
             nb::handle block_table, nb::handle cache_seqlens, nb::handle global_seqlens, nb::handle sink,
-            nb::handle out, nb::handle lse, nb::handle schedule, nb::handle scratch, Stream stream) {
-  const DecodeCall call(
+            nb::handle out, nb::handle lse, nb::handle schedule, nb::handle scratch, nb::handle framework,
+            Stream stream) {
+  DecodeCall call(
       plan,
       {q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, global_seqlens, sink, out, lse, schedule, scratch},
       stream);
-  call();
+  if (!scratch.is_none() || plan.info.scratch_bytes == 0) return call();
+  void* on = call.stream();
+  call.args.scratch_bytes = plan.info.scratch_bytes;
+  run_with_workspace(framework, q, call.q, plan.info.scratch_bytes, stream, [&](void* memory) {
+    call.args.scratch = memory;
+    return mla_decode(call.handle, &call.args, on);
+  });
 }
 
 // A decode call that keeps its tensors, to be made again and again.
@@ -277,16 +245,18 @@ NB_MODULE(_ext, m) {
 
   nb::class_<Context>(m, "Context")
       .def(nb::init<std::optional<std::string>, int32_t>(), maybe("backend"), nb::arg("num_threads"))
-      .def("merge", &Context::merge, maybe("out_parts"), maybe("lse_parts"), maybe("out"), maybe("lse"),
-           nb::arg("is_base2"), maybe("stream"));
+      .def("merge", &merge, maybe("out_parts"), maybe("lse_parts"), maybe("out"), maybe("lse"), nb::arg("is_base2"),
+           maybe("stream"));
 
   nb::class_<Plan>(m, "Plan")
       .def(nb::init<const Context&, const mla_problem&>(), nb::arg("context"), nb::arg("problem"))
-      .def("info", &Plan::info)
-      .def("schedule", &Plan::schedule, maybe("cache_seqlens"), maybe("cu_seqlens_q"), maybe("buffer"), maybe("stream"))
+      .def("info", &info_of)
+      .def("schedule", &schedule, maybe("cache_seqlens"), maybe("cu_seqlens_q"), maybe("buffer"), maybe("stream"))
       .def("decode", &decode, maybe("q"), maybe("q_rope"), maybe("kv_cache"), maybe("kv_rope"), maybe("block_table"),
            maybe("cache_seqlens"), maybe("global_seqlens"), maybe("sink"), maybe("out"), maybe("lse"),
-           maybe("schedule"), maybe("scratch"), maybe("stream"));
+           maybe("schedule"), maybe("scratch"), nb::arg("framework"), maybe("stream"));
+
+  bind_plan_cache(m);
 
   nb::class_<Bound>(m, "Bound")
       .def(nb::init<nb::object, Bound::Objects, Stream>(), nb::arg("plan"), nb::arg("objects"), maybe("stream"))

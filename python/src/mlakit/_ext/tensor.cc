@@ -8,10 +8,19 @@
 namespace mlakit_py {
 
 // DLPack 1.x structures, by its published layout. mla_tensor is DLTensor.
+struct ManagedVersioned {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(ManagedVersioned*);
+  uint64_t flags;
+  mla_tensor tensor;
+};
+
 struct ExchangeApi {
   uint32_t major, minor;
   ExchangeApi* previous;
-  void* allocator;
+  int (*allocate)(mla_tensor* prototype, ManagedVersioned** out, void* context,
+                  void (*set_error)(void* context, const char* kind, const char* message));
   void* managed_from_object;
   void* managed_to_object;
   int (*tensor_from_object)(void* object, mla_tensor* out);
@@ -30,14 +39,6 @@ struct Managed {
 
   static constexpr uint32_t major = kDlpackMajor;
   static constexpr uint64_t flags = 0;
-};
-
-struct ManagedVersioned {
-  uint32_t major, minor;
-  void* context;
-  void (*deleter)(ManagedVersioned*);
-  uint64_t flags;
-  mla_tensor tensor;
 };
 
 // The type of a one-letter buffer format; code 255, which nobody knows, if it is no number.
@@ -128,6 +129,29 @@ void* Tensor::current_stream() const {
   if (api_->current_stream(tensor_.device.device_type, tensor_.device.device_id, &stream) != 0)
     throw nb::python_error();
   return stream;
+}
+
+FrameworkMemory::FrameworkMemory(const Tensor& like, uint64_t nbytes) {
+  if (like.api_ == nullptr || like.api_->allocate == nullptr) return;
+  int64_t shape = static_cast<int64_t>(nbytes + kAlignment - 1);
+  mla_tensor prototype{};
+  prototype.device = like.tensor_.device;
+  prototype.ndim = 1;
+  prototype.dtype = {1, 8, 1};  // bytes
+  prototype.shape = &shape;
+  // What went wrong is not kept: the caller asks the framework again, by a way that raises its own exceptions.
+  const auto ignore = [](void*, const char*, const char*) {};
+  if (like.api_->allocate(&prototype, &managed_, nullptr, ignore) != 0) managed_ = nullptr;
+}
+
+FrameworkMemory::~FrameworkMemory() {
+  if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
+}
+
+void* FrameworkMemory::data() const {
+  if (managed_ == nullptr) return nullptr;
+  const auto begin = reinterpret_cast<uintptr_t>(managed_->tensor.data) + managed_->tensor.byte_offset;
+  return reinterpret_cast<void*>((begin + kAlignment - 1) / kAlignment * kAlignment);
 }
 
 bool Tensor::from_exchange_api(nb::handle object) {

@@ -30,6 +30,7 @@ struct Memory {
 };
 
 struct ExchangeApi;
+struct ManagedVersioned;
 
 class Tensor {
  public:
@@ -47,6 +48,8 @@ class Tensor {
   void* current_stream() const;
 
  private:
+  friend class FrameworkMemory;
+
   static constexpr int kMaxDims = 8;
 
   bool from_exchange_api(nb::handle object);
@@ -66,6 +69,23 @@ class Tensor {
   const ExchangeApi* api_ = nullptr;
   Py_buffer buffer_{};  // held while buffer_.obj is set
   nb::object capsule_;  // held while the tensor came by __dlpack__
+};
+
+// Uninitialised memory for work on the current stream of a tensor's device, from its framework's own allocator: reuse follows that
+// stream, and a graph capture owns what it used. Needs no GIL. Null where the framework does not offer one, or has none left.
+class FrameworkMemory {
+ public:
+  FrameworkMemory(const Tensor& like, uint64_t nbytes);
+  ~FrameworkMemory();
+  FrameworkMemory(const FrameworkMemory&) = delete;
+  FrameworkMemory& operator=(const FrameworkMemory&) = delete;
+
+  void* data() const;
+
+ private:
+  static constexpr uintptr_t kAlignment = 256;  // of every workspace; what an allocator promises differs
+
+  ManagedVersioned* managed_ = nullptr;
 };
 
 // A Buffer, or a contiguous tensor of any type, as raw memory. stream: as for Tensor.
