@@ -25,6 +25,9 @@ class Framework(Protocol):
     def finish(self, array: Any) -> Any:
         """What the caller gets for an array made by empty, once it is written."""
 
+    def logaddexp(self, a: Any, b: Any, out: Any) -> None:
+        """log(exp(a) + exp(b)) to out."""
+
     def refuse_gradients(self, *inputs: Any) -> None:
         """Raises RuntimeError if the caller expects a gradient by one of the inputs (or None): there is no backward pass."""
 
@@ -53,6 +56,9 @@ class _Numpy:
 
     def finish(self, array: Any) -> Any:
         return array
+
+    def logaddexp(self, a: Any, b: Any, out: Any) -> None:
+        self._np.logaddexp(a, b, out=out)
 
     def refuse_gradients(self, *inputs: Any) -> None:
         return None
@@ -91,6 +97,9 @@ class _Plain:
 
     def finish(self, array: Any) -> Any:
         return array
+
+    def logaddexp(self, a: Any, b: Any, out: Any) -> None:
+        raise NotImplementedError(f"{type(a).__name__}: mlakit calculates with torch, numpy and cupy arrays only")
 
     def refuse_gradients(self, *inputs: Any) -> None:
         return None
