@@ -248,6 +248,14 @@ def test_fixed_chunk_sums_lengths_with_gaps() -> None:
     assert np.array_equal(lse, expected[1])
 
 
+def test_a_table_that_could_hold_more_tokens_than_int64_is_refused() -> None:
+    """Without a wrap-around on the way; the table repeats one entry by its stride."""
+    batch = make_batch([3])
+    table = np.lib.stride_tricks.as_strided(np.zeros(1, np.int32), (1, 1 << 60), (0, 0))
+    with pytest.raises(ValueError, match=r"^problem\.max_len: "):
+        mlakit.mla_decode(batch.q, batch.kv_cache, table, batch.cache_seqlens)
+
+
 @pytest.mark.parametrize("missing", ["q", "kv_cache", "block_table", "cache_seqlens"])
 def test_a_tensor_left_out_is_named(missing: str) -> None:
     batch = make_batch([3])

@@ -5,6 +5,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -19,9 +20,15 @@ namespace mlakit_py {
 
 namespace {
 
-// The next power of two, and at least 1: so few plans serve a growing batch or cache.
+// The next power of two, and at least 1: so few plans serve a growing batch or cache. The library refuses what is too large.
 int64_t rounded(int64_t extent) {
+  if (extent > int64_t{1} << 62) return std::numeric_limits<int64_t>::max();
   return extent <= 1 ? 1 : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(extent)));
+}
+
+int64_t product(int64_t a, int64_t b) {
+  int64_t result;
+  return __builtin_mul_overflow(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
 }
 
 int64_t extent_of(const mla_tensor& tensor, int32_t from_the_end) {
@@ -209,7 +216,7 @@ class PlanCache {
     n.is_ragged = is_ragged;
     n.max_batch = rounded(is_ragged ? table.shape[0] : std::max(q.shape[0], table.shape[0]));
     n.q_len = is_ragged ? rounded(q.shape[0]) : q.shape[1];
-    n.max_len = rounded(table.shape[1] * kv.shape[1]);
+    n.max_len = rounded(product(table.shape[1], kv.shape[1]));
     if (n.device_type == MLA_DEVICE_CPU && PyUnicode_Check(split.ptr()) &&
         PyUnicode_CompareWithASCIIString(split.ptr(), "fixed_chunk") == 0)
       n.max_tokens = rounded(sum_of(cache_seqlens.get()));
