@@ -16,8 +16,9 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
     const int32_t first_row = piece.item / p.config.kv_heads * p.config.item_rows + tile * kTileRows;
     if (piece.request >= p.batch || first_row >= view.q_tokens(piece.request) * p.config.heads_per_kv_head)
       return;  // I1: the tile has a row
-    const int32_t slot =
-        piece.slot < 0 ? kWholeItem : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot) : kDropped;
+    const int32_t slot = piece.slot < 0                ? kWholeItem
+                         : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot)
+                                                       : kDropped;
     wait_empty<Barrier::kWorkEmpty>(ctx.barriers, at);
     Work& work = ctx.control->work[at.stage()];
     work.request = piece.request;
