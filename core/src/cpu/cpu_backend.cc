@@ -41,9 +41,10 @@ struct CpuPlan {
 
 // scratch = partial results, then a working area for each lane.
 struct Slots {
-  float* out;  // [slots][item_rows][out_stride], not yet divided by the sum
-  float* max;  // [slots][item_rows], of the scores in base 2
-  float* sum;  // [slots][item_rows], of the weights relative to max; 0: saw nothing, and out may be anything
+  float* out;    // [slots][item_rows][out_stride]: out * scale is the sum of the weighted values
+  float* max;    // [slots][item_rows], of the scores in base 2
+  float* sum;    // [slots][item_rows], of the weights relative to max; 0: saw nothing, and out may be anything
+  float* scale;  // [slots][item_rows]
 };
 
 int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
@@ -62,6 +63,7 @@ Slots take_slots(Workspace& workspace, const Plan& plan, const CpuPlan& cpu_plan
   s.out = workspace.take<float>(rows * out_stride(plan.problem, cpu_plan));
   s.max = workspace.take<float>(rows);
   s.sum = workspace.take<float>(rows);
+  s.scale = workspace.take<float>(rows);
   return s;
 }
 
@@ -85,6 +87,8 @@ LaneScratch take_lane(Workspace& workspace, const Plan& plan, const CpuPlan& cpu
   w.out = workspace.take<float>(rows * w.out_stride);
   w.row_max = workspace.take<float>(rows);
   w.row_sum = workspace.take<float>(rows);
+  w.row_scale = workspace.take<float>(rows);
+  w.row_per_unit = workspace.take<float>(rows);
   w.rescale = workspace.take<float>(rows);
   w.limit = workspace.take<int32_t>(rows);
   workspace.take<std::byte>(0, kLane);
@@ -295,6 +299,7 @@ class Decode {
     if (piece.slot >= 0) {
       std::memcpy(&slot_max(piece.slot, 0), w.row_max, sizeof(float) * item.rows);
       std::memcpy(&slot_sum(piece.slot, 0), w.row_sum, sizeof(float) * item.rows);
+      std::memcpy(&slot_scale(piece.slot, 0), w.row_scale, sizeof(float) * item.rows);
     } else {
       store_results(item, 0, item.rows, w);
     }
@@ -305,6 +310,7 @@ class Decode {
   }
   float& slot_max(int64_t slot, int64_t r) const { return slots_.max[slot * plan_.config.item_rows + r]; }
   float& slot_sum(int64_t slot, int64_t r) const { return slots_.sum[slot * plan_.config.item_rows + r]; }
+  float& slot_scale(int64_t slot, int64_t r) const { return slots_.scale[slot * plan_.config.item_rows + r]; }
   // The row's running maximum, in the terms of math::merge_weight.
   float slot_max_or_empty(int64_t slot, int64_t r) const {
     return slot_sum(slot, r) == 0.0f ? -INFINITY : slot_max(slot, r);
@@ -316,7 +322,7 @@ class Decode {
       float* row = w.out + static_cast<int64_t>(r) * w.out_stride;
       const float sum = w.row_sum[r];
       if (sum == 0.0f) std::memset(row, 0, sizeof(float) * plan_.problem.value_dim);
-      store_result(item, r, row, math::safe_reciprocal(sum), math::merged_lse(w.row_max[r], sum));
+      store_result(item, r, row, w.row_scale[r] * math::safe_reciprocal(sum), math::merged_lse(w.row_max[r], sum));
     }
   }
 
@@ -378,6 +384,7 @@ class Decode {
     for (int32_t r = begin; r < end; ++r) {
       w.row_max[r] = -INFINITY;
       w.row_sum[r] = 0.0f;
+      w.row_scale[r] = 1.0f;
       std::memset(w.out + static_cast<int64_t>(r) * w.out_stride, 0, sizeof(float) * dim);
     }
     for_each_cut([&](const Piece& cut) {
@@ -389,8 +396,8 @@ class Decode {
         if (slot_sum(cut.slot, r) == 0.0f) continue;
         const float weight = math::merge_weight(slot_max(cut.slot, r), w.row_max[r]);
         w.row_sum[r] += weight * slot_sum(cut.slot, r);
-        cpu_plan_.kernel->add_part(w.out + static_cast<int64_t>(r) * w.out_stride, weight, slot_row(cut.slot, r),
-                                   Elem::kFp32, dim);
+        cpu_plan_.kernel->add_part(w.out + static_cast<int64_t>(r) * w.out_stride, weight * slot_scale(cut.slot, r),
+                                   slot_row(cut.slot, r), Elem::kFp32, dim);
       }
     });
     store_results(item, begin, end, w);

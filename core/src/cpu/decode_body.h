@@ -20,7 +20,12 @@ namespace {
 
 constexpr float kMinusInf = -__builtin_inff();
 constexpr int kStripVectors = 2;   // vectors of a tile of either product
-constexpr float kLazyLog2 = 8.0f;  // weights may grow to 2^8 before the running maximum follows
+constexpr float kLazyLog2 = 8.0f;  // weights in fp32 may grow to 2^8 before the running maximum follows
+constexpr int32_t kExpKeys = 4;    // keys whose weights in bf16 are computed together
+
+// Units in which weights may be rounded to bf16. They have few bits, so that a weight of 1 is exact in each.
+constexpr int kUnits = 4;
+constexpr float unit(int u) { return 1.0f + static_cast<float>(u) / kUnits; }
 
 constexpr int32_t min_int(int64_t a, int64_t b) { return static_cast<int32_t>(a < b ? a : b); }
 constexpr int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
@@ -252,42 +257,81 @@ void value_tile_of(int rows, const ValueArgs& a) {
 
 // ---------------------------------------------------------------- softmax -------------------------------------------------------------
 
-// 2^x for x < 127; exactly 0 for -inf; NaN stays NaN. Relative error below 1e-7.
+// x[i] = 2^x[i] for x < 127; exactly 0 for -inf; NaN stays NaN. Relative error below 1e-7. Several at once, since each step waits for the
+// one before it.
+template <class S, int N>
+void exp2(typename S::V (&x)[N]) {
+  using V = typename S::V;
+  // (2^f - 1) / f on [-1/2, 1/2], Chebyshev, so that 2^0 is exactly 1.
+  constexpr float kTerms[] = {1.5461447463365068e-4f,
+                              1.339086735133181e-3f,
+                              9.618056669885529e-3f,
+                              5.550357104253126e-2f,
+                              2.402265092234275e-1f,
+                              6.931471880293425e-1f,
+                              1.0f};
+  V n[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    x[i] = S::max(S::set1(S::kZeroExponent), x[i]);  // the second operand is the result when it is NaN
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) n[i] = S::round(x[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = S::sub(x[i], n[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) p[i] = S::set1(kTerms[0]);
+#pragma GCC unroll 8
+  for (int k = 1; k < 7; ++k)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = S::fma(p[i], x[i], S::set1(kTerms[k]));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = S::scale_by_pow2(p[i], n[i]);
+}
+
 template <class S>
 typename S::V exp2(typename S::V x) {
-  using V = typename S::V;
-  x = S::max(S::set1(S::kZeroExponent), x);  // the second operand is the result when it is NaN
-  const V n = S::round(x);
-  const V f = S::sub(x, n);
-  V p = S::set1(1.5461447463365068e-4f);  // (2^f - 1) / f on [-1/2, 1/2], Chebyshev, so that 2^0 is exactly 1
-  p = S::fma(p, f, S::set1(1.339086735133181e-3f));
-  p = S::fma(p, f, S::set1(9.618056669885529e-3f));
-  p = S::fma(p, f, S::set1(5.550357104253126e-2f));
-  p = S::fma(p, f, S::set1(2.402265092234275e-1f));
-  p = S::fma(p, f, S::set1(6.931471880293425e-1f));
-  p = S::fma(p, f, S::set1(1.0f));
-  return S::scale_by_pow2(p, n);
+  typename S::V all[1] = {x};
+  exp2<S, 1>(all);
+  return all[0];
 }
 
 enum class Mask { kNone, kRowLimits };
 
-// Scores [n][scores_stride] of one vector of rows to weights [n words][weights_stride]; moves the rows' maximum and sum. Returns whether a
+// The largest score of each row; masked scores become -inf. Passes over NaN: it comes through the weights.
+template <class S>
+typename S::V mask_and_max(float* scores, int32_t n, int32_t stride, const int32_t* limit, Mask mask) {
+  using V = typename S::V;
+  if (mask == Mask::kRowLimits) {
+    for (int32_t t = 0; t < n; ++t)
+      S::store(scores + t * stride, S::keep_below(S::load(scores + t * stride), t, limit));
+  }
+  V largest[4];  // a chain of one would wait for its own latency
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) largest[i] = S::set1(kMinusInf);
+  int32_t t = 0;
+  for (; t + 4 <= n; t += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) largest[i] = S::max(S::load(scores + (t + i) * stride), largest[i]);
+  }
+  for (; t < n; ++t) largest[0] = S::max(S::load(scores + t * stride), largest[0]);
+  return S::max(S::max(largest[0], largest[1]), S::max(largest[2], largest[3]));
+}
+
+// What scores are relative to. A row that has seen nothing but -inf keeps weights 2^(-inf - 0) = 0.
+template <class S>
+typename S::V finite_reference(typename S::V max) {
+  return S::where_greater(max, S::set1(kMinusInf), max, S::zero());
+}
+
+// Scores [n][stride] of one vector of rows to weights [n words][weights_stride]; moves the rows' maximum and sum. Returns whether a
 // maximum moved: out must then be multiplied by rescale.
-template <class S, class M>
-bool softmax_vector(const LaneScratch& w, float* scores, int32_t n, int32_t stride, int32_t weights_stride,
-                    int32_t first_lane, Mask mask) {
+template <class S>
+bool softmax_fp32(const LaneScratch& w, float* scores, int32_t n, int32_t stride, int32_t weights_stride,
+                  int32_t first_lane, Mask mask) {
   using V = typename S::V;
   uint32_t* weights = w.weights + first_lane;
   const V old_max = S::load(w.row_max + first_lane);
-  V block_max = S::set1(kMinusInf);
-  for (int32_t t = 0; t < n; ++t) {
-    V s = S::load(scores + t * stride);
-    if (mask == Mask::kRowLimits) {
-      s = S::keep_below(s, t, w.limit + first_lane);
-      S::store(scores + t * stride, s);
-    }
-    block_max = S::max(s, block_max);  // passes over NaN: it comes through the weights
-  }
+  const V block_max = mask_and_max<S>(scores, n, stride, w.limit + first_lane, mask);
   V new_max = old_max;
   const V bound = S::add(old_max, S::set1(kLazyLog2));
   const bool moved = S::any_greater(block_max, bound);
@@ -301,24 +345,85 @@ bool softmax_vector(const LaneScratch& w, float* scores, int32_t n, int32_t stri
   } else {
     S::store(w.rescale + first_lane, S::set1(1.0f));
   }
-  // A row that has seen nothing but -inf keeps weights 2^(-inf - 0) = 0.
-  const V reference = S::where_greater(new_max, S::set1(kMinusInf), new_max, S::zero());
-  for (int32_t t = 0; t < n; t += M::kPair) {
-    const V low = exp2<S>(S::sub(S::load(scores + t * stride), reference));
-    sum = S::add(sum, low);
-    if constexpr (M::kPair == 2) {
-      V high = S::zero();
-      if (t + 1 < n) {
-        high = exp2<S>(S::sub(S::load(scores + (t + 1) * stride), reference));
-        sum = S::add(sum, high);
-      }
-      S::store_pairs(weights + t / 2 * weights_stride, low, high);
-    } else {
-      S::store(weights + t * weights_stride, low);
-    }
+  const V reference = finite_reference<S>(new_max);
+  for (int32_t t = 0; t < n; ++t) {
+    const V weight = exp2<S>(S::sub(S::load(scores + t * stride), reference));
+    sum = S::add(sum, weight);
+    S::store(weights + t * weights_stride, weight);
   }
   S::store(w.row_sum + first_lane, sum);
   return moved;
+}
+
+// The same with weights rounded to bf16, in pairs of keys. Their rounding is nearly all of the result's error (README.md, 4), so: the
+// maximum follows at once, which makes the largest weight exact; the weights of a step are in that one of the units in which rounding
+// costs least; and out is divided by the sum of the rounded weights. row_sum stays exact, for lse.
+template <class S>
+bool softmax_pairs(const LaneScratch& w, float* scores, int32_t n, int32_t stride, int32_t weights_stride,
+                   int32_t first_lane, Mask mask) {
+  using V = typename S::V;
+  uint32_t* weights = w.weights + first_lane;
+  const V old_max = S::load(w.row_max + first_lane);
+  // Keys after the last have no weight.
+  const int32_t padded = round_up(n, kExpKeys);
+  for (int32_t t = n; t < padded; ++t) S::store(scores + t * stride, S::set1(kMinusInf));
+  const V new_max = S::max(mask_and_max<S>(scores, padded, stride, w.limit + first_lane, mask), old_max);
+  const V reference = finite_reference<S>(new_max);
+  V sum = S::zero();
+  V error[kUnits];
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnits; ++u) error[u] = S::zero();
+  for (int32_t t = 0; t < padded; t += kExpKeys) {
+    V weight[kExpKeys];
+#pragma GCC unroll 8
+    for (int i = 0; i < kExpKeys; ++i) weight[i] = S::sub(S::load(scores + (t + i) * stride), reference);
+    exp2<S, kExpKeys>(weight);
+#pragma GCC unroll 8
+    for (int i = 0; i < kExpKeys; ++i) {
+      S::store(scores + (t + i) * stride, weight[i]);
+      sum = S::add(sum, weight[i]);
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kExpKeys; ++i) {
+        const V x = S::mul(weight[i], S::set1(unit(u)));
+        const V off = S::sub(x, S::nearest_bf16(x));
+        error[u] = S::fma(off, off, error[u]);
+      }
+    }
+  }
+  V best = error[0], scale = S::set1(1.0f), inverse = S::set1(1.0f);
+#pragma GCC unroll 8
+  for (int u = 1; u < kUnits; ++u) {
+    const V relative = S::mul(error[u], S::set1(1.0f / (unit(u) * unit(u))));
+    scale = S::where_greater(best, relative, S::set1(unit(u)), scale);
+    inverse = S::where_greater(best, relative, S::set1(1.0f / unit(u)), inverse);
+    best = S::where_greater(best, relative, relative, best);
+  }
+  const V decay = exp2<S>(S::sub(old_max, reference));
+  const V rescale = S::mul(S::mul(decay, scale), S::load(w.row_per_unit + first_lane));
+  V rounded_sum = S::mul(S::load(w.row_scale + first_lane), rescale);
+  for (int32_t t = 0; t < n; t += 2) {
+    const V low = S::mul(S::load(scores + t * stride), scale);
+    const V high = S::mul(S::load(scores + (t + 1) * stride), scale);
+    rounded_sum = S::add(rounded_sum, S::store_pairs(weights + t / 2 * weights_stride, low, high));
+  }
+  S::store(w.row_max + first_lane, new_max);
+  S::store(w.row_sum + first_lane, S::fma(S::load(w.row_sum + first_lane), decay, sum));
+  S::store(w.row_per_unit + first_lane, inverse);
+  S::store(w.row_scale + first_lane, rounded_sum);
+  S::store(w.rescale + first_lane, rescale);
+  return true;  // among so many rows one moves nearly always
+}
+
+template <class S, class M>
+bool softmax(const LaneScratch& w, float* scores, int32_t n, int32_t stride, int32_t weights_stride, int32_t first_lane,
+             Mask mask) {
+  if constexpr (M::kPair == 2)
+    return softmax_pairs<S>(w, scores, n, stride, weights_stride, first_lane, mask);
+  else
+    return softmax_fp32<S>(w, scores, n, stride, weights_stride, first_lane, mask);
 }
 
 // ---------------------------------------------------------------- packing -------------------------------------------------------------
@@ -490,8 +595,7 @@ bool weigh_keys(const AttendArgs& a, const LaneScratch& w, Keys& keys, int32_t n
     }
     tile.q += static_cast<int64_t>(strip_lanes) * (keys.words[0] + keys.words[1]);
     for (int32_t i = 0; i < strip_vectors; ++i) {
-      moved |=
-          softmax_vector<S, M>(w, w.scores + i * S::kLanes, n, strip_lanes, padded_rows, (v + i) * S::kLanes, mask);
+      moved |= softmax<S, M>(w, w.scores + i * S::kLanes, n, strip_lanes, padded_rows, (v + i) * S::kLanes, mask);
     }
   }
   return moved;
@@ -557,6 +661,8 @@ void attend_in(const AttendArgs& a, const LaneScratch& w) {
   for (int32_t r = 0; r < padded_rows; ++r) {
     w.row_max[r] = kMinusInf;
     w.row_sum[r] = 0.0f;
+    w.row_per_unit[r] = 1.0f;
+    w.row_scale[r] = M::kPair == 2 ? 0.0f : 1.0f;
   }
   Ahead ahead;
   int64_t n_ahead = min_int(step, end - a.begin_token);
@@ -591,6 +697,11 @@ void attend_in(const AttendArgs& a, const LaneScratch& w) {
     if (before != Before::kNothing) before = moved ? Before::kRescale : Before::kKeep;
     add_values<S, M>(a, w, keys, n, padded_rows, before);
     before = Before::kKeep;
+  }
+  if constexpr (M::kPair == 2) {
+    for (int32_t r = 0; r < a.rows; ++r) {
+      w.row_scale[r] = w.row_sum[r] == 0.0f ? 1.0f : w.row_sum[r] / w.row_scale[r];
+    }
   }
 }
 

@@ -32,8 +32,9 @@ struct Cache {
   int64_t token_stride;
 };
 
-// Attention of `rows` query rows to the keys [begin_token, end_token) of one request. The result stays in LaneScratch: out not yet
-// divided by row_sum, row_max in base 2. A row that saw nothing has row_sum 0, and then anything in out.
+// Attention of `rows` query rows to the keys [begin_token, end_token) of one request. The result stays in LaneScratch: out * row_scale is
+// the sum of weighted values, row_sum that of the weights, relative to 2^row_max. A row that saw nothing has row_sum 0, and then anything
+// in out.
 struct AttendArgs {
   Math math;
   Elem q_elem, kv_elem;
@@ -67,6 +68,8 @@ struct LaneScratch {
   float* out;      // [padded rows][out_stride]
   float* row_max;  // [padded rows] each
   float* row_sum;
+  float* row_scale;     // with bf16 pairs the sum of out's weights until the last step is done
+  float* row_per_unit;  // bf16 pairs: 1 / the unit of out's weights
   float* rescale;
   int32_t* limit;
   int32_t row_stride;  // words: head_dim, and room for 15 more

@@ -13,10 +13,18 @@ struct Avx512Bf16 : Avx512 {
   static V dot_pairs(V acc, V a, V b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  // Words (low[i], high[i]) rounded to bf16.
-  static void store_pairs(void* p, V low, V high) {
+  // Words (low[i], high[i]) rounded to bf16. Returns the sums of both as they were rounded.
+  static V store_pairs(void* p, V low, V high) {
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(pair_order(), halves));
+    const __m512i words = _mm512_permutexvar_epi16(pair_order(), halves);
+    _mm512_storeu_si512(p, words);
+    const V one = reinterpret_cast<V>(_mm512_set1_epi32(0x3f803f80));
+    return dot_pairs(zero(), reinterpret_cast<V>(words), one);
+  }
+  // A bf16 next to a positive x, in fp32; ties go up.
+  static V nearest_bf16(V x) {
+    const __m512i up = _mm512_add_epi32(reinterpret_cast<__m512i>(x), _mm512_set1_epi32(0x8000));
+    return reinterpret_cast<V>(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
   // 32 bf16 columns of two rows as words (a[i], b[i]).
   static void interleave(const void* a, const void* b, uint32_t* words) {
