@@ -47,7 +47,7 @@ struct Fp32Words {
 template <class S>
 struct Bf16Words {
   static constexpr int kPair = 2;
-  static constexpr int32_t step(int32_t rows) { return rows > 32 ? kMaxStep : 64; }
+  static constexpr int32_t step(int32_t rows) { return rows >= 8 ? kMaxStep : 64; }
   static typename S::V mac(typename S::V acc, typename S::V a, typename S::V b) { return S::dot_pairs(acc, a, b); }
 };
 
