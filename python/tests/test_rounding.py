@@ -1,8 +1,8 @@
 """The error of every CPU backend beside the one that cannot be avoided: rounding the exact result to the element type.
 
-Out is taken in fp32, so that what is compared is the arithmetic alone. Its worst row may be off by no more than the worst row of the
-exact result after one rounding to the type of q and cache. Out in that type then has two errors of that size, independent of each
-other: at most sqrt(2) of one, and a little for the worst of few rows.
+Out is taken in fp32, so that what is compared is the arithmetic alone. Its worst row may be off by no more than the worst row of
+the exact result after one rounding to the type of q and cache. Out in that type then has two errors of that size, independent of
+each other: at most sqrt(2) of one, and a little for the worst of few rows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Shape:
         return f"{self.batch}x{self.length}-{self.heads}heads-q{self.q_len}"
 
 
-# Several parts and steps, both lengths of a step, a short last step, contexts of one step.
-SHAPES = [Shape(8, 1024, 16), Shape(2, 333, 128), Shape(1, 4096, 16, q_len=2), Shape(16, 64, 16)]
+# Several parts and steps, both lengths of a step, a short last step, contexts of one step. Rows enough for a worst one.
+SHAPES = [Shape(8, 1024, 16), Shape(2, 333, 128), Shape(1, 4096, 16, q_len=2), Shape(16, 64, 16), Shape(8, 200, 4)]
 
 # What the scores are: normal with a standard deviation, or made of one column of the cache that no value has.
 SPREADS = [0.2, 1.0, 2.0, 8.0, 32.0]
@@ -77,7 +77,7 @@ class Call:
         scores = self.scale * (q @ keys[:, None].swapaxes(-1, -2))  # [batch, q_len, heads, length]
         self.largest_score = np.abs(scores).max()
         last = shape.length - shape.q_len + np.arange(shape.q_len)
-        scores[:, np.arange(shape.length) > last[:, None, None] + np.zeros((1, shape.heads, 1))] = -np.inf
+        scores = np.where(np.arange(shape.length) > last[:, None, None], -np.inf, scores)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         self.out = weights / weights.sum(-1, keepdims=True) @ keys[:, None, :, :VALUE_DIM]
         self.lse = scores.max(-1) + np.log(weights.sum(-1))

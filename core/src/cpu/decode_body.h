@@ -21,7 +21,7 @@ namespace {
 constexpr float kMinusInf = -__builtin_inff();
 constexpr int kStripVectors = 2;   // vectors of a tile of either product
 constexpr float kLazyLog2 = 8.0f;  // weights in fp32 may grow to 2^8 before the running maximum follows
-constexpr int32_t kExpKeys = 4;    // keys whose weights in bf16 are computed together
+constexpr int32_t kExpKeys = 4;    // keys whose weights are computed together
 
 // Units in which weights may be rounded to bf16. They have few bits, so that a weight of 1 is exact in each.
 constexpr int kUnits = 4;
@@ -258,9 +258,9 @@ void value_tile_of(int rows, const ValueArgs& a) {
 // ---------------------------------------------------------------- softmax -------------------------------------------------------------
 
 // x[i] = 2^x[i] for x < 127; exactly 0 for -inf; NaN stays NaN. Relative error below 1e-7. Several at once, since each step waits for the
-// one before it.
+// one before it. Always inlined, as mask_and_max is: in a function of its own GCC 12 warns of values that its header leaves undefined.
 template <class S, int N>
-void exp2(typename S::V (&x)[N]) {
+[[gnu::always_inline]] inline void exp2(typename S::V (&x)[N]) {
   using V = typename S::V;
   // (2^f - 1) / f on [-1/2, 1/2], Chebyshev, so that 2^0 is exactly 1.
   constexpr float kTerms[] = {1.5461447463365068e-4f,
@@ -289,7 +289,7 @@ void exp2(typename S::V (&x)[N]) {
 }
 
 template <class S>
-typename S::V exp2(typename S::V x) {
+[[gnu::always_inline]] inline typename S::V exp2(typename S::V x) {
   typename S::V all[1] = {x};
   exp2<S, 1>(all);
   return all[0];
@@ -297,24 +297,33 @@ typename S::V exp2(typename S::V x) {
 
 enum class Mask { kNone, kRowLimits };
 
-// The largest score of each row; masked scores become -inf. Passes over NaN: it comes through the weights.
+// Scores of a whole number of groups of keys: those after the last are -inf.
 template <class S>
-typename S::V mask_and_max(float* scores, int32_t n, int32_t stride, const int32_t* limit, Mask mask) {
+int32_t pad_scores(float* scores, int32_t n, int32_t stride) {
+  const int32_t padded = round_up(n, kExpKeys);
+  for (int32_t t = n; t < padded; ++t) S::store(scores + t * stride, S::set1(kMinusInf));
+  return padded;
+}
+
+// The largest of n scores of each row, n a whole number of groups; masked scores become -inf. Passes over NaN: it comes through the weights.
+template <class S>
+[[gnu::always_inline]] inline typename S::V mask_and_max(float* scores, int32_t n, int32_t stride, const int32_t* limit,
+                                                         Mask mask) {
   using V = typename S::V;
   if (mask == Mask::kRowLimits) {
     for (int32_t t = 0; t < n; ++t)
       S::store(scores + t * stride, S::keep_below(S::load(scores + t * stride), t, limit));
   }
-  V largest[4];  // a chain of one would wait for its own latency
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) largest[i] = S::set1(kMinusInf);
-  int32_t t = 0;
-  for (; t + 4 <= n; t += 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) largest[i] = S::max(S::load(scores + (t + i) * stride), largest[i]);
+  V largest[kExpKeys];  // a chain of one would wait for its own latency
+#pragma GCC unroll 8
+  for (int i = 0; i < kExpKeys; ++i) largest[i] = S::set1(kMinusInf);
+  for (int32_t t = 0; t < n; t += kExpKeys) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kExpKeys; ++i) largest[i] = S::max(S::load(scores + (t + i) * stride), largest[i]);
   }
-  for (; t < n; ++t) largest[0] = S::max(S::load(scores + t * stride), largest[0]);
-  return S::max(S::max(largest[0], largest[1]), S::max(largest[2], largest[3]));
+#pragma GCC unroll 8
+  for (int i = 1; i < kExpKeys; ++i) largest[0] = S::max(largest[i], largest[0]);
+  return largest[0];
 }
 
 // What scores are relative to. A row that has seen nothing but -inf keeps weights 2^(-inf - 0) = 0.
@@ -331,7 +340,8 @@ bool softmax_fp32(const LaneScratch& w, float* scores, int32_t n, int32_t stride
   using V = typename S::V;
   uint32_t* weights = w.weights + first_lane;
   const V old_max = S::load(w.row_max + first_lane);
-  const V block_max = mask_and_max<S>(scores, n, stride, w.limit + first_lane, mask);
+  const int32_t padded = pad_scores<S>(scores, n, stride);
+  const V block_max = mask_and_max<S>(scores, padded, stride, w.limit + first_lane, mask);
   V new_max = old_max;
   const V bound = S::add(old_max, S::set1(kLazyLog2));
   const bool moved = S::any_greater(block_max, bound);
@@ -346,10 +356,16 @@ bool softmax_fp32(const LaneScratch& w, float* scores, int32_t n, int32_t stride
     S::store(w.rescale + first_lane, S::set1(1.0f));
   }
   const V reference = finite_reference<S>(new_max);
-  for (int32_t t = 0; t < n; ++t) {
-    const V weight = exp2<S>(S::sub(S::load(scores + t * stride), reference));
-    sum = S::add(sum, weight);
-    S::store(weights + t * weights_stride, weight);
+  for (int32_t t = 0; t < padded; t += kExpKeys) {
+    V weight[kExpKeys];
+#pragma GCC unroll 8
+    for (int i = 0; i < kExpKeys; ++i) weight[i] = S::sub(S::load(scores + (t + i) * stride), reference);
+    exp2<S, kExpKeys>(weight);
+#pragma GCC unroll 8
+    for (int i = 0; i < kExpKeys; ++i) {
+      sum = S::add(sum, weight[i]);
+      S::store(weights + (t + i) * weights_stride, weight[i]);
+    }
   }
   S::store(w.row_sum + first_lane, sum);
   return moved;
@@ -364,9 +380,7 @@ bool softmax_pairs(const LaneScratch& w, float* scores, int32_t n, int32_t strid
   using V = typename S::V;
   uint32_t* weights = w.weights + first_lane;
   const V old_max = S::load(w.row_max + first_lane);
-  // Keys after the last have no weight.
-  const int32_t padded = round_up(n, kExpKeys);
-  for (int32_t t = n; t < padded; ++t) S::store(scores + t * stride, S::set1(kMinusInf));
+  const int32_t padded = pad_scores<S>(scores, n, stride);
   const V new_max = S::max(mask_and_max<S>(scores, padded, stride, w.limit + first_lane, mask), old_max);
   const V reference = finite_reference<S>(new_max);
   V sum = S::zero();

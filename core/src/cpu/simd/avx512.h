@@ -28,8 +28,7 @@ struct Avx512 {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  // The masked form, with all lanes on: GCC 12 warns of an uninitialised value in its own header for the plain one.
-  static V max(V a, V b) { return _mm512_maskz_max_ps(__mmask16(0xffff), a, b); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static V where_greater(V a, V b, V yes, V no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
   }
