@@ -371,7 +371,7 @@ bool softmax_fp32(const LaneScratch& w, float* scores, int32_t n, int32_t stride
   return moved;
 }
 
-// The same with weights rounded to bf16, in pairs of keys. Their rounding is nearly all of the result's error (README.md, 4), so: the
+// The same with weights rounded to bf16, in pairs of keys. Their rounding is nearly all of the result's error (README.md, 5), so: the
 // maximum follows at once, which makes the largest weight exact; the weights of a step are in that one of the units in which rounding
 // costs least; and out is divided by the sum of the rounded weights. row_sum stays exact, for lse.
 template <class S>
