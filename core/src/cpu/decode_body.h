@@ -371,6 +371,21 @@ bool softmax_fp32(const LaneScratch& w, float* scores, int32_t n, int32_t stride
   return moved;
 }
 
+// error[u] += what rounding costs in unit u, squared.
+template <class S, int N>
+[[gnu::always_inline]] inline void add_errors(const typename S::V (&weight)[N], typename S::V (&error)[kUnits]) {
+  using V = typename S::V;
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnits; ++u) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const V x = S::mul(weight[i], S::set1(unit(u)));
+      const V off = S::sub(x, S::nearest_bf16(x));
+      error[u] = S::fma(off, off, error[u]);
+    }
+  }
+}
+
 // The same with weights rounded to bf16, in pairs of keys. Their rounding is nearly all of the result's error (README.md, 5), so: the
 // maximum follows at once, which makes the largest weight exact; the weights of a step are in that one of the units in which rounding
 // costs least; and out is divided by the sum of the rounded weights. row_sum stays exact, for lse.
@@ -383,6 +398,7 @@ bool softmax_pairs(const LaneScratch& w, float* scores, int32_t n, int32_t strid
   const int32_t padded = pad_scores<S>(scores, n, stride);
   const V new_max = S::max(mask_and_max<S>(scores, padded, stride, w.limit + first_lane, mask), old_max);
   const V reference = finite_reference<S>(new_max);
+  const bool skims = n > kMaxStep / 2;  // among so many keys the larger of each two tells enough
   V sum = S::zero();
   V error[kUnits];
 #pragma GCC unroll 8
@@ -397,14 +413,10 @@ bool softmax_pairs(const LaneScratch& w, float* scores, int32_t n, int32_t strid
       S::store(scores + (t + i) * stride, weight[i]);
       sum = S::add(sum, weight[i]);
     }
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnits; ++u) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kExpKeys; ++i) {
-        const V x = S::mul(weight[i], S::set1(unit(u)));
-        const V off = S::sub(x, S::nearest_bf16(x));
-        error[u] = S::fma(off, off, error[u]);
-      }
+    if (skims) {
+      add_errors<S, kExpKeys / 2>({S::max(weight[0], weight[1]), S::max(weight[2], weight[3])}, error);
+    } else {
+      add_errors<S, kExpKeys>(weight, error);
     }
   }
   V best = error[0], scale = S::set1(1.0f), inverse = S::set1(1.0f);
