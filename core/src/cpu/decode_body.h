@@ -24,8 +24,8 @@ constexpr float kLazyLog2 = 8.0f;  // weights in fp32 may grow to 2^8 before the
 constexpr int32_t kExpKeys = 4;    // keys whose weights are computed together
 
 // Units in which weights may be rounded to bf16. They have few bits, so that a weight of 1 is exact in each.
-constexpr int kUnits = 4;
-constexpr float unit(int u) { return 1.0f + static_cast<float>(u) / kUnits; }
+constexpr int kUnits = 3;
+constexpr float unit(int u) { return 1.0f + static_cast<float>(u) / 4; }
 
 constexpr int32_t min_int(int64_t a, int64_t b) { return static_cast<int32_t>(a < b ? a : b); }
 constexpr int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
