@@ -54,6 +54,25 @@ struct Plan {
   mla_plan_info info{};
 };
 
+// The tensors of a decode call; workspace and sizes are for the caller to add.
+inline mla_decode_args decode_args(const Tensor& q, const Tensor& q_rope, const Tensor& kv_cache, const Tensor& kv_rope,
+                                   const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& global_seqlens,
+                                   const Tensor& sink, const Tensor& out, const Tensor& lse) {
+  mla_decode_args args{};
+  args.struct_size = sizeof args;
+  args.q = q.get();
+  args.q_rope = q_rope.get();
+  args.kv_cache = kv_cache.get();
+  args.kv_rope = kv_rope.get();
+  args.block_table = block_table.get();
+  args.cache_seqlens = cache_seqlens.get();
+  args.global_seqlens = global_seqlens.get();
+  args.sink = sink.get();
+  args.out = out.get();
+  args.lse = lse.get();
+  return args;
+}
+
 // run(call) with memory of q's device for the length of its work: q's framework gives it, on the stream of the work.
 template <class Call>
 void run_with_workspace(nb::handle framework, nb::handle q, const Tensor& q_tensor, uint64_t nbytes, Stream stream,

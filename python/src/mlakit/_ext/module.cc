@@ -112,17 +112,7 @@ struct DecodeCall {
         lse(o[9], "lse", true, given) {
     const Memory schedule = memory_of(o[10], "schedule", false, given),
                  scratch = memory_of(o[11], "scratch", true, given);
-    args.struct_size = sizeof args;
-    args.q = q.get();
-    args.q_rope = q_rope.get();
-    args.kv_cache = kv_cache.get();
-    args.kv_rope = kv_rope.get();
-    args.block_table = block_table.get();
-    args.cache_seqlens = cache_seqlens.get();
-    args.global_seqlens = global_seqlens.get();
-    args.sink = sink.get();
-    args.out = out.get();
-    args.lse = lse.get();
+    args = decode_args(q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, global_seqlens, sink, out, lse);
     args.schedule = schedule.data;
     args.schedule_bytes = schedule.bytes;
     args.scratch = scratch.data;

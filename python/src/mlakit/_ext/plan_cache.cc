@@ -149,18 +149,8 @@ class PlanCache {
     schedule.cache_seqlens = cache_seqlens.get();
     schedule.cu_seqlens_q = cu_seqlens_q.get();
     schedule.schedule_bytes = entry->schedule_bytes;
-    mla_decode_args args{};
-    args.struct_size = sizeof args;
-    args.q = q.get();
-    args.q_rope = q_rope.get();
-    args.kv_cache = kv_cache.get();
-    args.kv_rope = kv_rope.get();
-    args.block_table = block_table.get();
-    args.cache_seqlens = cache_seqlens.get();
-    args.global_seqlens = global_seqlens.get();
-    args.sink = sink.get();
-    args.out = out->get();
-    args.lse = lse->get();
+    mla_decode_args args =
+        decode_args(q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, global_seqlens, sink, *out, *lse);
     args.schedule_bytes = entry->schedule_bytes;
     args.scratch_bytes = entry->scratch_bytes;
     if (!stream) on = q.current_stream();
