@@ -1,6 +1,7 @@
 // The sm_90a backend: problem -> variant and shape, calls -> kernel parameters and launches.
 #include "cuda/cuda_backend.h"
 
+#include <bit>
 #include <cstdint>
 #include <memory>
 
@@ -193,7 +194,7 @@ struct CombineShape {
 int32_t warps_of_tile(const PlanShape& shape, int64_t items, int64_t tiles, int multiprocessors) {
   if (shape.config.chunk_blocks > 0) return 4;
   const int64_t cuts = ceil_div(shape.config.parts, items);  // of an item, about
-  const int64_t most_warps = int64_t{3} * multiprocessors * sm90::kCombineWarps;
+  const int64_t most_warps = int64_t{2} * multiprocessors * sm90::kCombineWarps;
   int32_t warps = 1;
   while (warps < sm90::kCombineWarps && 4 * warps <= cuts && items * tiles * 2 * warps <= most_warps) warps *= 2;
   return warps;
@@ -234,6 +235,8 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.result = result_params(plan, call);
   params.batch = call.batch;
   params.page_size = p.page_size;
+  params.page_shift =
+      (p.page_size & (p.page_size - 1)) == 0 ? std::countr_zero(static_cast<uint32_t>(p.page_size)) : -1;
   params.kv_run = layout::run_rows(p.page_size);
   params.q_run = layout::run_rows(p.heads_per_kv_head());
   params.scale_log2e = p.softmax_scale * math::kLog2e;

@@ -13,8 +13,6 @@ namespace mla::cuda::sm90 {
 
 using layout::PartialLayout;
 
-inline constexpr int32_t kNoPiece = -1;  // in a list of slots: this cut holds no block
-
 // Cell 0 of the item that blockIdx.x stands for, see CombineParams; request = batch: none.
 __device__ __forceinline__ schedule::Boundary item_of_block(const CombineParams& p, const schedule::ConstView& view) {
   const schedule::Boundary none{p.batch, 0, 0, 0};
@@ -28,16 +26,22 @@ __device__ __forceinline__ schedule::Boundary item_of_block(const CombineParams&
   return is_first_cut && at.request < p.batch ? schedule::Boundary{at.request, at.item, 0, 0} : none;
 }
 
+// What one round of list_slots shares between the warps.
+struct SlotList {
+  int32_t slots[kCombineThreads];
+  int32_t before[kCombineWarps];  // balanced: pieces that each warp found
+};
+
 // Lists the slots of the item's pieces in order, from number `round` on, as many as the CTA has threads; returns how many. Every thread
-// calls this. balanced: a thread for each part (a plan has no more), so there is one round.
+// calls this. balanced: a thread for each part (a plan has no more), so there is one round; parts that came out empty are left out.
 __device__ __forceinline__ int list_slots(const CombineParams& p, const schedule::ConstView& view,
-                                          const schedule::Boundary& item, int64_t round, int32_t* s_slots) {
+                                          const schedule::Boundary& item, int64_t round, SlotList& list) {
   const int32_t thread = threadIdx.x;
   if (p.config.chunk_blocks > 0) {
     if (item.request >= view.header()->batch) return 0;
     const int32_t chunks = p.config.chunks(view.len()[item.request]);
     const int64_t slot = view.slot_prefix()[item.request] + int64_t{item.item} * chunks + round + thread;
-    s_slots[thread] = slot < p.config.slots ? static_cast<int32_t>(slot) : kDropped;
+    list.slots[thread] = slot < p.config.slots ? static_cast<int32_t>(slot) : kDropped;
     return __syncthreads_count(round + thread < chunks);
   }
   const bool is_part = thread < p.config.parts;
@@ -48,38 +52,55 @@ __device__ __forceinline__ int list_slots(const CombineParams& p, const schedule
   const bool reaches = is_part && schedule::is_before(item, end);  // past the item's first cell
   const bool is_inside = begin.request == item.request && begin.item == item.item && begin.block > 0;
   const bool is_empty = is_inside && end.request == item.request && end.item == item.item && end.block == begin.block;
-  const int first = __syncthreads_count(is_part && !reaches);
-  if (reaches && begins_in_time) s_slots[thread - first] = is_empty ? kNoPiece : 2 * thread + (is_inside ? 0 : 1);
-  return __syncthreads_count(reaches && begins_in_time);
+  const bool is_piece = reaches && begins_in_time && !is_empty;
+  const unsigned of_warp = __ballot_sync(ptx::kWholeWarp, is_piece);
+  const int warp = thread / 32, lane = thread % 32;
+  if (lane == 0) list.before[warp] = __popc(of_warp);
+  __syncthreads();
+  int at = __popc(of_warp & ((1u << lane) - 1)), count = 0;
+#pragma unroll
+  for (int w = 0; w < kCombineWarps; ++w) {
+    if (w < warp) at += list.before[w];
+    count += list.before[w];
+  }
+  if (is_piece) list.slots[at] = 2 * thread + (is_inside ? 0 : 1);
+  __syncthreads();
+  return count;
 }
 
-// A merge in progress, of this lane's four floats in kTiles tiles: weights and O relative to the maximum of each of its two rows.
+// 2^(lse - maximum), and 0 for an lse of -inf, whatever the maximum; a NaN stays one.
+__device__ __forceinline__ float weight_of(float lse, float maximum) {
+  return ptx::ex2_approx(lse - (maximum == -INFINITY ? 0.0f : maximum));
+}
+
+// A merge in progress, of this lane's four floats in kTiles tiles: sums and O relative to the maximum of each of its two rows. The four
+// lanes of a row all do its sums: nothing is passed between lanes, because nvcc cannot see that a warp is together in the loop, and spends
+// 150 instructions on each synchronisation there.
 template <int kTiles>
 struct Merge {
   float maximum[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
   float4 o[kTiles] = {};
 
-  // Makes room for partials of at most these lse; weights of what is there shrink.
+  // Makes room for partials of at most these lse.
   __device__ __forceinline__ void raise(const float (&lse)[2]) {
+    float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float raised = fmaxf(maximum[r], lse[r]);
-      const float factor = raised == maximum[r] ? 1.0f : math::merge_weight(maximum[r], raised);
+      factor[r] = weight_of(maximum[r], raised);
       maximum[r] = raised;
-      sum[r] *= factor;
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        if (r == 0)
-          o[t] = {o[t].x * factor, o[t].y * factor, o[t].z, o[t].w};
-        else
-          o[t] = {o[t].x, o[t].y, o[t].z * factor, o[t].w * factor};
-      }
+      sum[r] *= factor[r];
     }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      o[t] = {o[t].x * factor[0], o[t].y * factor[0], o[t].z * factor[1], o[t].w * factor[1]};
   }
-  __device__ __forceinline__ void add(const float (&weight)[2], const float4 (&partial)[kTiles]) {
-    sum[0] += weight[0];
-    sum[1] += weight[1];
+  // weight: how often the partial's sum (1 if it is normalised) and O count.
+  __device__ __forceinline__ void add(const float (&weight)[2], const float (&partial_sum)[2],
+                                      const float4 (&partial)[kTiles]) {
+    sum[0] = fmaf(weight[0], partial_sum[0], sum[0]);
+    sum[1] = fmaf(weight[1], partial_sum[1], sum[1]);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       o[t] = {fmaf(weight[0], partial[t].x, o[t].x), fmaf(weight[0], partial[t].y, o[t].y),
@@ -92,32 +113,43 @@ struct Merge {
 template <int kTiles, int kAtOnce>
 __device__ __forceinline__ void merge_slots(const ResultParams& result, const int32_t* slots, int first, int stride,
                                             int count, int strip, int tile, int lane, Merge<kTiles>& m) {
+  constexpr int32_t kNoPiece = -1;
+  const float* const lse_of_row =
+      result.partial_lse + result.partial.lse_offset(0, strip * PartialLayout::kStripRows + lane / 4);
+  const float* const out_of_lane = result.partial_out + result.partial.out_offset(0, strip, tile, lane);
+  const uint32_t lse_floats = result.partial.lse_floats(), out_floats = result.partial.out_floats();
 #pragma unroll 1
   for (int i = first; i < count; i += stride * kAtOnce) {
     float lse[kAtOnce][2];
     float4 o[kAtOnce][kTiles];
+    float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int32_t slot = i + u * stride < count ? slots[i + u * stride] : kNoPiece;
+      lse[u][0] = lse[u][1] = slot == kDropped ? NAN : -INFINITY;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
-        lse[u][r] = slot >= 0          ? result.partial_lse[result.partial.lse_offset(slot, row)]
-                    : slot == kDropped ? NAN
-                                       : -INFINITY;
-      }
-      const float* source = result.partial_out + result.partial.out_offset(slot, strip, tile, lane);
+      for (int t = 0; t < kTiles; ++t) o[u][t] = {};
+      if (slot >= 0) {
+        const float* const row = lse_of_row + uint64_t{static_cast<uint32_t>(slot)} * lse_floats;
+        const float* const source = out_of_lane + uint64_t{static_cast<uint32_t>(slot)} * out_floats;
+        lse[u][0] = row[0];
+        lse[u][1] = row[8];
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        o[u][t] = slot >= 0 ? *reinterpret_cast<const float4*>(source + t * PartialLayout::kTileFloats) : float4{};
+        for (int t = 0; t < kTiles; ++t)
+          o[u][t] = *reinterpret_cast<const float4*>(source + t * PartialLayout::kTileFloats);
       }
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      m.raise(lse[u]);
-      const float weight[2] = {math::merge_weight(lse[u][0], m.maximum[0]),
-                               math::merge_weight(lse[u][1], m.maximum[1])};
-      m.add(weight, o[u]);
+      largest[0] = fmaxf(largest[0], lse[u][0]);
+      largest[1] = fmaxf(largest[1], lse[u][1]);
+    }
+    m.raise(largest);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const float one[2] = {1.0f, 1.0f};
+      const float weight[2] = {weight_of(lse[u][0], m.maximum[0]), weight_of(lse[u][1], m.maximum[1])};
+      m.add(weight, one, o[u]);
     }
   }
 }
@@ -125,69 +157,94 @@ __device__ __forceinline__ void merge_slots(const ResultParams& result, const in
 // What the warps that share a tile pass to the first of them.
 struct SharedMerge {
   float4 o[kCombineWarps][32];
-  float4 state[kCombineWarps][32];  // maximum and sum of two rows
+  float4 state[kCombineWarps][32];  // maxima and sums of two rows
 };
 
-// m of a group's warps into m of its first warp.
+// m of a group's warps into m of its first warp. A warp without partials has sum 0 and O 0; a NaN comes along in the sum.
 __device__ __forceinline__ void join_warps(SharedMerge& s, int warp, int lane, int warps_of_tile, Merge<1>& m) {
   s.o[warp][lane] = m.o[0];
   s.state[warp][lane] = {m.maximum[0], m.maximum[1], m.sum[0], m.sum[1]};
   __syncthreads();
   if (warp % warps_of_tile != 0) return;
-#pragma unroll 1
-  for (int w = warp + 1; w < warp + warps_of_tile; ++w) {
-    const float4 state = s.state[w][lane], o = s.o[w][lane];
-    const float maximum[2] = {state.x, state.y};
-    m.raise(maximum);
-    // A warp without partials has sum 0 and O 0; a NaN comes along in the sum.
-    const float weight[2] = {state.x == m.maximum[0] ? 1.0f : exp2f(state.x - m.maximum[0]),
-                             state.y == m.maximum[1] ? 1.0f : exp2f(state.y - m.maximum[1])};
-    m.sum[0] += weight[0] * state.z;
-    m.sum[1] += weight[1] * state.w;
-    m.o[0] = {fmaf(weight[0], o.x, m.o[0].x), fmaf(weight[0], o.y, m.o[0].y), fmaf(weight[1], o.z, m.o[0].z),
-              fmaf(weight[1], o.w, m.o[0].w)};
+  float4 state[kCombineWarps];
+  float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int w = 1; w < kCombineWarps; ++w) {
+    state[w] = w < warps_of_tile ? s.state[warp + w][lane] : make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
+    largest[0] = fmaxf(largest[0], state[w].x);
+    largest[1] = fmaxf(largest[1], state[w].y);
+  }
+  m.raise(largest);
+#pragma unroll
+  for (int w = 1; w < kCombineWarps; ++w) {
+    const float weight[2] = {weight_of(state[w].x, m.maximum[0]), weight_of(state[w].y, m.maximum[1])};
+    const float sum[2] = {state[w].z, state[w].w};
+    const float4 o[1] = {w < warps_of_tile ? s.o[warp + w][lane] : float4{}};
+    m.add(weight, sum, o);
   }
 }
 
+// Where the two rows of a lane go: found before the wait for decode, as it depends on nothing that decode writes.
+struct RowTargets {
+  int64_t out[2];  // < 0: there is no such row
+  float* lse[2];   // nullptr: not this lane's, or not wanted
+  float sink[2];   // in base 2
+
+  __device__ __forceinline__ RowTargets(const CombineParams& p, const Work& work, int32_t rows, int strip, int tile,
+                                        int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t item_row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
+      const int32_t row = work.first_row + item_row, heads = p.config.heads_per_kv_head;
+      out[r] = -1;
+      lse[r] = nullptr;
+      sink[r] = 0.0f;
+      if (item_row >= rows) continue;
+      out[r] = row_offset(p.result.out, p.result, heads, work, row) + tile * PartialLayout::kTileColumns + lane % 4 * 2;
+      if (tile == 0 && lane % 4 == 0 && p.result.lse.data != nullptr)
+        lse[r] = static_cast<float*>(p.result.lse.data) + row_offset(p.result.lse, p.result, heads, work, row);
+      if (p.result.sink != nullptr) sink[r] = p.result.sink[head_of_row(heads, work, row)] * math::kLog2e;
+    }
+  }
+};
+
 template <DType kDType, int kTiles>
-__device__ __forceinline__ void finish_strip(const CombineParams& p, const Work& work, int32_t rows, int strip,
-                                             int tile, int lane, const Merge<kTiles>& m) {
-#pragma unroll 1
+__device__ __forceinline__ void finish_strip(const ResultParams& result, const RowTargets& to, const Merge<kTiles>& m) {
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int32_t item_row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
-    if (item_row >= rows) return;
-    const int32_t row = work.first_row + item_row;
-    const float sum = r == 0 ? m.sum[0] : m.sum[1];
-    const float lse_log2 = math::merged_lse(r == 0 ? m.maximum[0] : m.maximum[1], sum);
-    const float factor = math::safe_reciprocal(sum) *
-                         finish_whole_row(p.result, p.config, work, row, lse_log2, tile == 0 && lane % 4 == 0);
-    const int64_t offset =
-        row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, row) + tile * PartialLayout::kTileColumns;
+    if (to.out[r] < 0) continue;
+    float factor = math::safe_reciprocal(m.sum[r]);
+    if (to.lse[r] != nullptr || result.sink != nullptr) {
+      const float lse_log2 = math::merged_lse(m.maximum[r], m.sum[r]);
+      if (to.lse[r] != nullptr) *to.lse[r] = lse_log2 * result.lse_unit;
+      if (result.sink != nullptr) factor *= math::sink_factor(lse_log2, to.sink[r]);
+    }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const float low = r == 0 ? m.o[t].x : m.o[t].z, high = r == 0 ? m.o[t].y : m.o[t].w;
-      store_pair<kDType>(p.result.out.data, offset + t * PartialLayout::kTileColumns + lane % 4 * 2,
-                         p.result.is_out_fp32, factor == 0.0f ? 0.0f : low * factor,
-                         factor == 0.0f ? 0.0f : high * factor);
+      store_pair<kDType>(result.out.data, to.out[r] + t * PartialLayout::kTileColumns, result.is_out_fp32,
+                         factor == 0.0f ? 0.0f : low * factor, factor == 0.0f ? 0.0f : high * factor);
     }
   }
 }
 
 // Grid (items or parts, CTAs for each). kTiles: of a warp; 1: p.warps_of_tile warps share one.
 template <DType kDType, int kTiles>
-__global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 4 : 3)
+__global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 2 : 3)
     combine_kernel(const __grid_constant__ CombineParams p) {
-  __shared__ int32_t s_slots[kCombineThreads];
+  __shared__ SlotList s_list;
   __shared__ SharedMerge s_merge;
-  // I4: decode waited for the schedule before it let this kernel start, so the schedule may be read before the wait.
+  // I4: decode waited for what came before it, so the schedule and the call's inputs may be read before the wait.
   const schedule::ConstView view(p.schedule, p.layout);
   const schedule::Boundary item = item_of_block(p, view);
-  int count = item.request < p.batch ? list_slots(p, view, item, 0, s_slots) : 0;
+  int count = item.request < p.batch ? list_slots(p, view, item, 0, s_list) : 0;
+  count = __shfl_sync(ptx::kWholeWarp, count, 0);
   ptx::griddepcontrol_launch_dependents();
-  // I10: the first CTA waits in any case, so that this kernel does not end before decode. Others with nothing to do make room at once.
-  if (count < 2 && (blockIdx.x > 0 || blockIdx.y > 0)) return;
-  ptx::griddepcontrol_wait();
-  if (count < 2) return;
+  if (count < 2) {
+    // I10: the first CTA waits in any case, so that this kernel does not end before decode. Others with nothing to do make room at once.
+    if (blockIdx.x == 0 && blockIdx.y == 0) ptx::griddepcontrol_wait();
+    return;
+  }
   Work work{item.request,
             0,
             0,
@@ -202,26 +259,30 @@ __global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 4 : 3)
     work.q_begin = view.q_begin()[item.request];
   }
   const int32_t rows = min(p.config.item_rows, work.q_tokens * p.config.heads_per_kv_head - work.first_row);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(ptx::kWholeWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int warps_of_tile = kTiles == 1 ? p.warps_of_tile : 1;
   const int first_tile = (blockIdx.y * kCombineWarps + warp) / warps_of_tile * kTiles;
   const int strip = first_tile / PartialLayout::kTiles, tile = first_tile % PartialLayout::kTiles;
   const bool has_rows = strip * PartialLayout::kStripRows < rows;
+  const RowTargets targets(p, work, has_rows ? rows : 0, strip, tile, lane);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   Merge<kTiles> m;
   for (int64_t round = 0;;) {
-    if (has_rows)
-      merge_slots<kTiles, kTiles == 1 ? 4 : 1>(p.result, s_slots, warp % warps_of_tile, warps_of_tile, count, strip,
-                                               tile, lane, m);
+    if (has_rows) {
+      merge_slots<kTiles, kTiles == 1 ? 8 : 1>(p.result, s_list.slots, warp % warps_of_tile, warps_of_tile, count,
+                                               strip, tile, lane, m);
+    }
     if (count < kCombineThreads) break;
     round += kCombineThreads;
     __syncthreads();
-    count = list_slots(p, view, item, round, s_slots);
+    count = list_slots(p, view, item, round, s_list);
   }
   if constexpr (kTiles == 1) {
     join_warps(s_merge, warp, lane, warps_of_tile, m);
     if (warp % warps_of_tile != 0) return;
   }
-  if (has_rows) finish_strip<kDType>(p, work, rows, strip, tile, lane, m);
+  finish_strip<kDType>(p.result, targets, m);
 }
 
 }  // namespace mla::cuda::sm90

@@ -39,21 +39,24 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
     }
   }
   __syncthreads();
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
 
+  // Each role waits for the kernel before by itself, once it has all that does not depend on it: the first instructions of a role, its
+  // registers and the parameters that it needs are found while the other kernel ends.
   if (warpgroup == 0) {
     ptx::setmaxnreg_inc<kScoreRegisters>();
+    ptx::griddepcontrol_wait();
     Scores<kCfg>{p, ctx}.run_all(tile);
   } else if (warpgroup == 3) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
     if (ctx.warp == 0) {
+      ptx::griddepcontrol_wait();
       Loader<kCfg>{p, ctx}.run_all();
     } else if (ctx.warp == 1 && ctx.lane == 0) {
       run_planner(p, ctx, tile, blockIdx.y);
     }
   } else {
     ptx::setmaxnreg_inc<kOutputRegisters>();
+    ptx::griddepcontrol_wait();
     Outputs<kCfg>{p, ctx, warpgroup - 1}.run_all(tile);
   }
 }

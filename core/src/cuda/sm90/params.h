@@ -34,6 +34,7 @@ struct DecodeParams {
   ResultParams result;
   int32_t batch;
   int32_t page_size;
+  int32_t page_shift;  // its logarithm; -1: not a power of two
   int32_t kv_run;  // layout::run_rows of a page
   int32_t q_run;   // layout::run_rows of the heads of a query token
   float scale_log2e;

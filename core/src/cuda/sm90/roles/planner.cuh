@@ -1,6 +1,7 @@
 // One thread turns its part of the schedule into Work for all roles.
 #pragma once
 
+#include "cuda/sm90/ptx/pdl.cuh"
 #include "cuda/sm90/roles/role.cuh"
 #include "schedule/walk.h"
 
@@ -11,9 +12,13 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
   const schedule::ConstView view(p.schedule, p.layout);
   WorkCursor at;
   schedule::Boundary& end = ctx.control->part_end;  // read again for each piece
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();  // I4
   end = view.boundary()[part + 1];
   schedule::for_each_piece(p.config, view, part, end, [&](const schedule::Piece& piece, int32_t) {
-    const int32_t first_row = piece.item / p.config.kv_heads * p.config.item_rows + tile * kTileRows;
+    // A division takes longer than a load from near memory.
+    const int32_t row_group = p.config.kv_heads == 1 ? piece.item : piece.item / p.config.kv_heads;
+    const int32_t first_row = row_group * p.config.item_rows + tile * kTileRows;
     if (piece.request >= p.batch || first_row >= view.q_tokens(piece.request) * p.config.heads_per_kv_head)
       return;  // I1: the tile has a row
     const int32_t slot = piece.slot < 0                ? kWholeItem
@@ -26,7 +31,7 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
     work.end_block = piece.end_block;
     work.slot = slot;
     work.first_row = first_row;
-    work.kv_head = piece.item % p.config.kv_heads;
+    work.kv_head = piece.item - row_group * p.config.kv_heads;
     work.len_tokens = view.len()[piece.request];
     work.q_begin = view.q_begin()[piece.request];
     work.q_tokens = view.q_tokens(piece.request);
