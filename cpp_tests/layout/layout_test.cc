@@ -85,5 +85,5 @@ TEST_CASE("partial results fill a slot without holes") {
   CHECK(static_cast<int64_t>(seen.size()) == partial.out_floats());
   CHECK(*seen.begin() == partial.out_floats());
   CHECK(*seen.rbegin() == 2 * partial.out_floats() - 1);
-  CHECK(partial.lse_offset(1, 0) == 48);
+  CHECK(partial.row_offset(1, 0) == 48);
 }

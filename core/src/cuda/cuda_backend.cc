@@ -96,7 +96,7 @@ Status make_plan(Plan& plan) {
   const DeviceInfo& device = device_info(p.device_id);
   auto state = std::make_shared<Sm90Plan>(Sm90Plan{find_variant(p), plan_shape(p, device.multiprocessors)});
   plan.config = state->shape.config;
-  plan.scratch_bytes = state->shape.partial_out_bytes() + state->shape.partial_lse_bytes();
+  plan.scratch_bytes = state->shape.partial_out_bytes() + state->shape.partial_state_bytes();
   plan.variant = state->variant->name;
   const CurrentDevice current(p.device_id);
   MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
@@ -177,7 +177,7 @@ sm90::ResultParams result_params(const Plan& plan, const DecodeCall& call) {
   result.is_ragged = p.is_ragged;
   result.is_out_fp32 = p.out_dtype == DType::kFp32;
   result.partial_out = reinterpret_cast<float*>(call.scratch);
-  result.partial_lse = reinterpret_cast<float*>(call.scratch + shape.partial_out_bytes());
+  result.partial_state = reinterpret_cast<layout::PartialState*>(call.scratch + shape.partial_out_bytes());
   result.partial = shape.partial;
   return result;
 }
@@ -235,6 +235,7 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.result = result_params(plan, call);
   params.batch = call.batch;
   params.page_size = p.page_size;
+  params.most_in_flight = state.shape.tiles > 1 ? 3 : 2;
   params.page_shift =
       (p.page_size & (p.page_size - 1)) == 0 ? std::countr_zero(static_cast<uint32_t>(p.page_size)) : -1;
   params.kv_run = layout::run_rows(p.page_size);

@@ -19,7 +19,9 @@ struct PlanShape {
   int32_t items_per_request;  // the most
 
   size_t partial_out_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots * partial.out_floats()); }
-  size_t partial_lse_bytes() const { return sizeof(float) * static_cast<size_t>(config.slots * partial.lse_floats()); }
+  size_t partial_state_bytes() const {
+    return sizeof(layout::PartialState) * static_cast<size_t>(config.slots * partial.rows());
+  }
 };
 
 inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
@@ -33,8 +35,8 @@ inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   c.heads_per_kv_head = p.heads_per_kv_head();
   c.kv_heads = p.kv_heads;
   c.parts = std::clamp(multiprocessors / shape.tiles, 1, sm90::kCombineThreads);  // combine has a thread for each
-  c.overhead_blocks = 4;
-  c.cut_blocks = 12;  // measured, see sm90/README.md
+  c.overhead_blocks = 8;
+  c.cut_blocks = 24;  // measured, see sm90/README.md
   c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;
   shape.partial.strips =
       static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));

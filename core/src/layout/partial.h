@@ -8,6 +8,12 @@
 
 namespace mla::layout {
 
+// Of a row of a partial result: its O and its sum of exponentials are relative to 2^maximum. A row that saw nothing has maximum -inf, sum 0
+// and O 0; a normalised O with its lse in base 2 and sum 1 is a partial result too.
+struct PartialState {
+  float maximum, sum;
+};
+
 // A slot holds up to 16 * strips rows. A strip is the 16 rows of one warp; of these a tile is 8 columns, as four floats a lane:
 // columns 2 * (lane % 4) and the next of row lane / 4, then of row lane / 4 + 8.
 struct PartialLayout {
@@ -19,11 +25,11 @@ struct PartialLayout {
   static constexpr int kTileFloats = kStripRows * kTileColumns;
 
   MLA_HD constexpr int64_t out_floats() const { return int64_t{strips} * kTiles * kTileFloats; }  // of a slot
-  MLA_HD constexpr int64_t lse_floats() const { return int64_t{strips} * kStripRows; }
+  MLA_HD constexpr int64_t rows() const { return int64_t{strips} * kStripRows; }
   MLA_HD constexpr int64_t out_offset(int64_t slot, int strip, int tile, int lane) const {
     return slot * out_floats() + (int64_t{strip} * kTiles + tile) * kTileFloats + lane * 4;
   }
-  MLA_HD constexpr int64_t lse_offset(int64_t slot, int row) const { return slot * lse_floats() + row; }
+  MLA_HD constexpr int64_t row_offset(int64_t slot, int row) const { return slot * rows() + row; }
 };
 
 }  // namespace mla::layout

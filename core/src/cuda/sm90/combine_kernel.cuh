@@ -12,6 +12,7 @@
 namespace mla::cuda::sm90 {
 
 using layout::PartialLayout;
+using layout::PartialState;
 
 // Cell 0 of the item that blockIdx.x stands for, see CombineParams; request = batch: none.
 __device__ __forceinline__ schedule::Boundary item_of_block(const CombineParams& p, const schedule::ConstView& view) {
@@ -68,9 +69,9 @@ __device__ __forceinline__ int list_slots(const CombineParams& p, const schedule
   return count;
 }
 
-// 2^(lse - maximum), and 0 for an lse of -inf, whatever the maximum; a NaN stays one.
-__device__ __forceinline__ float weight_of(float lse, float maximum) {
-  return ptx::ex2_approx(lse - (maximum == -INFINITY ? 0.0f : maximum));
+// 2^(of_partial - maximum), and 0 for one of -inf, whatever the maximum.
+__device__ __forceinline__ float weight_of(float of_partial, float maximum) {
+  return ptx::ex2_approx(of_partial - (maximum == -INFINITY ? 0.0f : maximum));
 }
 
 // A merge in progress, of this lane's four floats in kTiles tiles: sums and O relative to the maximum of each of its two rows. The four
@@ -82,12 +83,12 @@ struct Merge {
   float sum[2] = {0.0f, 0.0f};
   float4 o[kTiles] = {};
 
-  // Makes room for partials of at most these lse.
-  __device__ __forceinline__ void raise(const float (&lse)[2]) {
+  // Makes room for partials of at most these maxima.
+  __device__ __forceinline__ void raise(const float (&largest)[2]) {
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float raised = fmaxf(maximum[r], lse[r]);
+      const float raised = fmaxf(maximum[r], largest[r]);
       factor[r] = weight_of(maximum[r], raised);
       maximum[r] = raised;
       sum[r] *= factor[r];
@@ -96,11 +97,10 @@ struct Merge {
     for (int t = 0; t < kTiles; ++t)
       o[t] = {o[t].x * factor[0], o[t].y * factor[0], o[t].z * factor[1], o[t].w * factor[1]};
   }
-  // weight: how often the partial's sum (1 if it is normalised) and O count.
-  __device__ __forceinline__ void add(const float (&weight)[2], const float (&partial_sum)[2],
-                                      const float4 (&partial)[kTiles]) {
-    sum[0] = fmaf(weight[0], partial_sum[0], sum[0]);
-    sum[1] = fmaf(weight[1], partial_sum[1], sum[1]);
+  __device__ __forceinline__ void add(const PartialState (&state)[2], const float4 (&partial)[kTiles]) {
+    const float weight[2] = {weight_of(state[0].maximum, maximum[0]), weight_of(state[1].maximum, maximum[1])};
+    sum[0] = fmaf(weight[0], state[0].sum, sum[0]);
+    sum[1] = fmaf(weight[1], state[1].sum, sum[1]);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       o[t] = {fmaf(weight[0], partial[t].x, o[t].x), fmaf(weight[0], partial[t].y, o[t].y),
@@ -114,26 +114,27 @@ template <int kTiles, int kAtOnce>
 __device__ __forceinline__ void merge_slots(const ResultParams& result, const int32_t* slots, int first, int stride,
                                             int count, int strip, int tile, int lane, Merge<kTiles>& m) {
   constexpr int32_t kNoPiece = -1;
-  const float* const lse_of_row =
-      result.partial_lse + result.partial.lse_offset(0, strip * PartialLayout::kStripRows + lane / 4);
+  const PartialState* const state_of_row =
+      result.partial_state + result.partial.row_offset(0, strip * PartialLayout::kStripRows + lane / 4);
   const float* const out_of_lane = result.partial_out + result.partial.out_offset(0, strip, tile, lane);
-  const uint32_t lse_floats = result.partial.lse_floats(), out_floats = result.partial.out_floats();
+  const uint32_t rows_of_slot = static_cast<uint32_t>(result.partial.rows()),
+                 out_floats = static_cast<uint32_t>(result.partial.out_floats());
 #pragma unroll 1
   for (int i = first; i < count; i += stride * kAtOnce) {
-    float lse[kAtOnce][2];
+    PartialState state[kAtOnce][2];
     float4 o[kAtOnce][kTiles];
     float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int32_t slot = i + u * stride < count ? slots[i + u * stride] : kNoPiece;
-      lse[u][0] = lse[u][1] = slot == kDropped ? NAN : -INFINITY;
+      state[u][0] = state[u][1] = {-INFINITY, slot == kDropped ? NAN : 0.0f};
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) o[u][t] = {};
       if (slot >= 0) {
-        const float* const row = lse_of_row + uint64_t{static_cast<uint32_t>(slot)} * lse_floats;
+        const PartialState* const row = state_of_row + uint64_t{static_cast<uint32_t>(slot)} * rows_of_slot;
         const float* const source = out_of_lane + uint64_t{static_cast<uint32_t>(slot)} * out_floats;
-        lse[u][0] = row[0];
-        lse[u][1] = row[8];
+        state[u][0] = row[0];
+        state[u][1] = row[8];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
           o[u][t] = *reinterpret_cast<const float4*>(source + t * PartialLayout::kTileFloats);
@@ -141,46 +142,43 @@ __device__ __forceinline__ void merge_slots(const ResultParams& result, const in
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      largest[0] = fmaxf(largest[0], lse[u][0]);
-      largest[1] = fmaxf(largest[1], lse[u][1]);
+      largest[0] = fmaxf(largest[0], state[u][0].maximum);
+      largest[1] = fmaxf(largest[1], state[u][1].maximum);
     }
     m.raise(largest);
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const float one[2] = {1.0f, 1.0f};
-      const float weight[2] = {weight_of(lse[u][0], m.maximum[0]), weight_of(lse[u][1], m.maximum[1])};
-      m.add(weight, one, o[u]);
-    }
+    for (int u = 0; u < kAtOnce; ++u) m.add(state[u], o[u]);
   }
 }
 
 // What the warps that share a tile pass to the first of them.
 struct SharedMerge {
   float4 o[kCombineWarps][32];
-  float4 state[kCombineWarps][32];  // maxima and sums of two rows
+  PartialState state[kCombineWarps][32][2];
 };
 
 // m of a group's warps into m of its first warp. A warp without partials has sum 0 and O 0; a NaN comes along in the sum.
 __device__ __forceinline__ void join_warps(SharedMerge& s, int warp, int lane, int warps_of_tile, Merge<1>& m) {
   s.o[warp][lane] = m.o[0];
-  s.state[warp][lane] = {m.maximum[0], m.maximum[1], m.sum[0], m.sum[1]};
+  s.state[warp][lane][0] = {m.maximum[0], m.sum[0]};
+  s.state[warp][lane][1] = {m.maximum[1], m.sum[1]};
   __syncthreads();
   if (warp % warps_of_tile != 0) return;
-  float4 state[kCombineWarps];
+  PartialState state[kCombineWarps][2];
   float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int w = 1; w < kCombineWarps; ++w) {
-    state[w] = w < warps_of_tile ? s.state[warp + w][lane] : make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
-    largest[0] = fmaxf(largest[0], state[w].x);
-    largest[1] = fmaxf(largest[1], state[w].y);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      state[w][r] = w < warps_of_tile ? s.state[warp + w][lane][r] : PartialState{-INFINITY, 0.0f};
+      largest[r] = fmaxf(largest[r], state[w][r].maximum);
+    }
   }
   m.raise(largest);
 #pragma unroll
   for (int w = 1; w < kCombineWarps; ++w) {
-    const float weight[2] = {weight_of(state[w].x, m.maximum[0]), weight_of(state[w].y, m.maximum[1])};
-    const float sum[2] = {state[w].z, state[w].w};
     const float4 o[1] = {w < warps_of_tile ? s.o[warp + w][lane] : float4{}};
-    m.add(weight, sum, o);
+    m.add(state[w], o);
   }
 }
 
@@ -266,7 +264,6 @@ __global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 2 : 3)
   const bool has_rows = strip * PartialLayout::kStripRows < rows;
   const RowTargets targets(p, work, has_rows ? rows : 0, strip, tile, lane);
   ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
   Merge<kTiles> m;
   for (int64_t round = 0;;) {
     if (has_rows) {

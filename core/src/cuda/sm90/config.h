@@ -6,9 +6,9 @@
 
 namespace mla::cuda::sm90 {
 
-inline constexpr int kBlockTokens = 64;  // unit of the schedule: two slots
-inline constexpr int kTileRows = 64;     // rows of a CTA
-inline constexpr int kMaxTiles = 4;      // row tiles (CTAs) that walk the same keys at the same time
+inline constexpr int kBlockTokens = layout::kSlotRows;  // unit of the schedule
+inline constexpr int kTileRows = 64;                    // rows of a CTA
+inline constexpr int kMaxTiles = 4;                     // row tiles (CTAs) that walk the same keys at the same time
 inline constexpr int kValueDim = 512;
 inline constexpr int kHalfColumns = 256;  // output columns of one output warpgroup
 inline constexpr int kQuarterColumns =

@@ -34,12 +34,16 @@ __device__ __forceinline__ float finish_whole_row(const ResultParams& result, co
   return math::sink_factor(lse_log2, result.sink[head_of_row(config.heads_per_kv_head, work, row)] * math::kLog2e);
 }
 
-// Writes lse (final, or the partial's) of one row and returns the factor that finishes its O. lse_log2 = -inf: the row saw nothing.
+// Writes what a row of the tile leaves beside its O, and returns the factor that finishes its O: 0 where the row saw nothing, and for a
+// partial result any other number.
 __device__ __forceinline__ float finish_row(const ResultParams& result, const schedule::Config& config,
-                                            const Work& work, int32_t item_row, int32_t row, float lse_log2,
-                                            float sum) {
+                                            const Work& work, int32_t item_row, int32_t row, float maximum, float sum) {
+  if (work.slot >= 0) {
+    result.partial_state[result.partial.row_offset(work.slot, item_row)] = {sum == 0.0f ? -INFINITY : maximum, sum};
+    return sum;
+  }
+  const float lse_log2 = sum == 0.0f ? -INFINITY : maximum + log2f(sum);
   const float factor = math::safe_reciprocal(sum);
-  if (work.slot >= 0) result.partial_lse[result.partial.lse_offset(work.slot, item_row)] = lse_log2;
   return work.slot == kWholeItem ? factor * finish_whole_row(result, config, work, row, lse_log2, true) : factor;
 }
 
@@ -116,7 +120,7 @@ __device__ __forceinline__ void store_row(const OutputFragment& o, int r, float 
   }
 }
 
-// O times scale, into out or the partial's slot.
+// O times scale into out, or O into the partial's slot.
 template <DType kDType>
 __device__ __forceinline__ void store_output(const OutputFragment& o, const ResultParams& result,
                                              const schedule::Config& config, const Work& work, const float* scale,
@@ -130,12 +134,21 @@ __device__ __forceinline__ void store_output(const OutputFragment& o, const Resu
     const int strip = tile * (kTileRows / layout::PartialLayout::kStripRows) + thread / 32;
     if (strip >= result.partial.strips) return;
     float* target = result.partial_out + result.partial.out_offset(work.slot, strip, half * kTiles, lane);
-    const auto value = [&](float x, float f) { return f == 0.0f ? 0.0f : x * f; };
+    const bool is_zero[2] = {factor[0] == 0.0f && row[0] < rows, factor[1] == 0.0f && row[1] < rows};
+    const bool has_zero = __any_sync(ptx::kWholeWarp, is_zero[0] || is_zero[1]);
+    const auto store = [&](auto&& value) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const float* v = &o[j / 16][j % 16 * 4];
-      *reinterpret_cast<float4*>(target + j * layout::PartialLayout::kTileFloats) =
-          make_float4(value(v[0], factor[0]), value(v[1], factor[0]), value(v[2], factor[1]), value(v[3], factor[1]));
+      for (int j = 0; j < kTiles; ++j) {
+        const float* v = &o[j / 16][j % 16 * 4];
+        *reinterpret_cast<float4*>(target + j * layout::PartialLayout::kTileFloats) =
+            make_float4(value(v[0], 0), value(v[1], 0), value(v[2], 1), value(v[3], 1));
+      }
+    };
+    // Small batches wait for this, and each instruction is fetched for the first time.
+    if (!has_zero) {
+      store([](float x, int) { return x; });
+    } else {
+      store([&](float x, int r) { return is_zero[r] ? 0.0f : x; });
     }
     return;
   }

@@ -19,8 +19,8 @@ struct ResultParams {
   float lse_unit;     // what an lse in base 2 is multiplied with: 1, or ln 2
   bool is_ragged;
   bool is_out_fp32;
-  float* partial_out;  // PartialLayout, normalised
-  float* partial_lse;  // base 2
+  float* partial_out;  // PartialLayout, as accumulated
+  layout::PartialState* partial_state;
   layout::PartialLayout partial;
 };
 
@@ -34,9 +34,10 @@ struct DecodeParams {
   ResultParams result;
   int32_t batch;
   int32_t page_size;
-  int32_t page_shift;  // its logarithm; -1: not a power of two
-  int32_t kv_run;  // layout::run_rows of a page
-  int32_t q_run;   // layout::run_rows of the heads of a query token
+  int32_t most_in_flight;  // slots of a CTA that are being loaded at the same time
+  int32_t page_shift;      // its logarithm; -1: not a power of two
+  int32_t kv_run;          // layout::run_rows of a page
+  int32_t q_run;           // layout::run_rows of the heads of a query token
   float scale_log2e;
   bool is_causal;
   Int32View global_seqlens;  // causal shards only, else data = nullptr

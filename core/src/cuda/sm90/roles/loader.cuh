@@ -13,6 +13,8 @@ struct Loader {
   const DecodeParams& p;
   const RoleContext& ctx;
   Cursor<kCfg.ring_slots()> ring;
+  Cursor<kCfg.ring_slots()> landing;  // the oldest slot whose bytes were not seen to be there
+  int32_t in_flight = 0;
 
   __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
   __device__ __forceinline__ uint32_t slot_barrier() const {
@@ -21,6 +23,13 @@ struct Loader {
 
   // Claims the next slot: when this returns, it is empty and its barrier expects the bytes.
   __device__ __forceinline__ void begin_slot(uint32_t bytes) {
+    // All slots at once would share the way to memory, and the first would land when the last does.
+    if (in_flight == p.most_in_flight) {
+      wait_full<Barrier::kSlotFull>(ctx.barriers, landing);
+      landing.advance();
+      --in_flight;
+    }
+    ++in_flight;
     wait_empty<Barrier::kSlotEmpty>(ctx.barriers, ring);
     if (ctx.lane == 0) ptx::mbarrier_arrive_expect_tx(slot_barrier(), bytes);
     __syncwarp();

@@ -107,7 +107,7 @@ struct Scores {
   // Q K^T; where the next slot is not there yet, at once. Whatever has to be waited or asked for is so while the tensor cores finish.
   __device__ __forceinline__ void run_slots(const Work& work) {
     const int32_t begin = work.begin_block * kBlockTokens;
-    const int32_t slots = (work.end_block - work.begin_block) * 2;
+    const int32_t slots = work.end_block - work.begin_block;
     int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)) - begin,
                       visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
     const int32_t first_masked = (max(visible_keys(work, 0), 0) - begin) / layout::kSlotRows;  // row 0 sees least
@@ -146,9 +146,8 @@ struct Scores {
       const float sum = work.len_tokens == schedule::kInvalidLen ? NAN : sum_of_quad(state.sum[r]);
       const int row = layout::fragment_row(ctx.thread, r);
       if (ctx.lane % 4 == 0 && row < rows) {
-        const float lse_log2 = sum == 0.0f ? -INFINITY : state.maximum[r] + log2f(sum);
         ctx.control->scale[row] =
-            finish_row(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, lse_log2, sum);
+            finish_row(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, state.maximum[r], sum);
       }
     }
     if (ctx.lane % 4 == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);
