@@ -69,8 +69,8 @@ struct Role {
 // One CTA. The kernel's program, as seen by the barriers; buffer contents are the number of the use that wrote them.
 class Cta {
  public:
-  Cta(const std::vector<Piece>& pieces, int ring_slots)
-      : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1) {
+  Cta(const std::vector<Piece>& pieces, int ring_slots, int most_in_flight)
+      : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1), most_in_flight_(most_in_flight) {
     add_planner(static_cast<int>(pieces.size()));
     add_loader(pieces);
     for (int warp = 0; warp < sm90::kScoreWarps; ++warp) add_score_warp(pieces);
@@ -108,12 +108,23 @@ class Cta {
     for (size_t i = 0; i < pieces.size(); ++i) {
       wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
       for (int k = 0; k < pieces[i].q_slots + pieces[i].key_slots; ++k, ++slot) {
+        if (slot >= most_in_flight_) wait_full(r, Barrier::kSlotFull, slot - most_in_flight_);
         wait_empty(r, Barrier::kSlotEmpty, slot);
-        const int n = slot;
-        r.act([this, n] { slot_content_[static_cast<size_t>(n) % slot_content_.size()] = n; });
-        arrive(r, Barrier::kSlotFull, slot);
+        r.act([this] { ++issued_; });
       }
       arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
+    }
+    roles_.push_back(std::move(r));
+    for (int first = 0; first < 2; ++first) add_copies(first, slot);
+  }
+
+  // The bytes of every second slot land, some time after the load was issued: so neighbours land in either order.
+  void add_copies(int first, int slots) {
+    Role r{"copies", {}};
+    for (int n = first; n < slots; n += 2) {
+      r.wait([this, n] { return issued_ > n; });
+      r.act([this, n] { slot_content_[static_cast<size_t>(n) % slot_content_.size()] = n; });
+      arrive(r, Barrier::kSlotFull, n);
     }
     roles_.push_back(std::move(r));
   }
@@ -167,6 +178,8 @@ class Cta {
 
   Barriers barriers_;
   std::vector<int> slot_content_;
+  int most_in_flight_;
+  int issued_ = 0;
   std::vector<Role> roles_;
 };
 
@@ -192,15 +205,16 @@ TEST_CASE("every order of the roles comes to an end") {
   std::mt19937 random(1);
   for (int round = 0; round < 200; ++round) {
     std::vector<Piece> pieces(random() % 7);
-    for (Piece& piece : pieces) piece = {1 + static_cast<int>(random() % 2), 2 * static_cast<int>(random() % 9)};
+    for (Piece& piece : pieces) piece = {1 + static_cast<int>(random() % 2), static_cast<int>(random() % 18)};
     for (const int ring_slots : {5, 6}) {
-      Cta shuffled(pieces, ring_slots);
+      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(ring_slots));
+      Cta shuffled(pieces, ring_slots, most_in_flight);
       play(shuffled, [&](size_t n) { return random() % n; });
       // The first role as far as it gets, then the next: the loader far ahead; and the other way round: everyone waiting for it.
       size_t turn = 0;
-      Cta forward(pieces, ring_slots);
+      Cta forward(pieces, ring_slots, most_in_flight);
       play(forward, [&](size_t n) { return turn++ % n; });
-      Cta backward(pieces, ring_slots);
+      Cta backward(pieces, ring_slots, most_in_flight);
       play(backward, [&](size_t n) { return n - 1 - turn++ % n; });
     }
   }

@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 2 : 3)
   Merge<kTiles> m;
   for (int64_t round = 0;;) {
     if (has_rows) {
-      merge_slots<kTiles, kTiles == 1 ? 8 : 1>(p.result, s_list.slots, warp % warps_of_tile, warps_of_tile, count,
+      merge_slots<kTiles, kTiles == 1 ? 4 : 1>(p.result, s_list.slots, warp % warps_of_tile, warps_of_tile, count,
                                                strip, tile, lane, m);
     }
     if (count < kCombineThreads) break;
