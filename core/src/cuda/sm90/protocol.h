@@ -36,7 +36,8 @@ struct BarrierSpec {
 
 // Slot: 32 keys, or 32 rows of Q. P: weights of one 32-key slot. Scale: what each row of the result is multiplied with. Work: one piece.
 inline constexpr BarrierSpec kBarriers[] = {
-    {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the slot's bytes)", "scores, outputs, loader"},
+    {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the slot's bytes)",
+     "scores, outputs, loader"},
     {Barrier::kSlotEmpty, "slot_empty", kMaxRingSlots, kOutputWarps, true,
      "a key slot: each output warp; a Q slot: each score warp twice", "loader"},
     {Barrier::kPFull, "p_full", kPStages, kScoreWarps, false, "each score warp", "outputs"},
