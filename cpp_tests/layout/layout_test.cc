@@ -4,6 +4,7 @@
 #include <set>
 #include <vector>
 
+#include "layout/divider.h"
 #include "layout/fragment.h"
 #include "layout/partial.h"
 #include "layout/smem_plan.h"
@@ -86,4 +87,40 @@ TEST_CASE("partial results fill a slot without holes") {
   CHECK(*seen.begin() == partial.out_floats());
   CHECK(*seen.rbegin() == 2 * partial.out_floats() - 1);
   CHECK(partial.row_offset(1, 0) == 48);
+}
+
+TEST_CASE("a divider divides as the machine does") {
+  const std::vector<int32_t> divisors = {1,
+                                         2,
+                                         3,
+                                         5,
+                                         7,
+                                         16,
+                                         63,
+                                         64,
+                                         65,
+                                         100,
+                                         127,
+                                         128,
+                                         641,
+                                         1000,
+                                         4096,
+                                         65537,
+                                         1 << 30,
+                                         (1 << 30) + 1,
+                                         INT32_MAX - 1,
+                                         INT32_MAX};
+  for (const int32_t d : divisors) {
+    const layout::Divider divider = layout::Divider::by(d);
+    CAPTURE(d);
+    for (int64_t multiple = 0; multiple <= INT32_MAX; multiple += d * (1 + (INT32_MAX / d) / int64_t{1000})) {
+      for (int64_t n = multiple - 1; n <= multiple + 1; ++n) {
+        if (n < 0 || n > INT32_MAX) continue;
+        const int32_t quotient = divider.quotient(static_cast<int32_t>(n));
+        REQUIRE(quotient == n / d);
+        REQUIRE(divider.remainder(static_cast<int32_t>(n), quotient) == n % d);
+      }
+    }
+    REQUIRE(divider.quotient(INT32_MAX) == INT32_MAX / d);
+  }
 }

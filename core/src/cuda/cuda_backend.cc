@@ -1,7 +1,6 @@
 // The sm_90a backend: problem -> variant and shape, calls -> kernel parameters and launches.
 #include "cuda/cuda_backend.h"
 
-#include <bit>
 #include <cstdint>
 #include <memory>
 
@@ -234,10 +233,10 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.block_table = call.block_table;
   params.result = result_params(plan, call);
   params.batch = call.batch;
-  params.page_size = p.page_size;
+  params.page_size = layout::Divider::by(p.page_size);
+  params.heads_per_kv_head = layout::Divider::by(p.heads_per_kv_head());
+  params.kv_heads = layout::Divider::by(p.kv_heads);
   params.most_in_flight = state.shape.tiles > 1 ? 3 : 2;
-  params.page_shift =
-      (p.page_size & (p.page_size - 1)) == 0 ? std::countr_zero(static_cast<uint32_t>(p.page_size)) : -1;
   params.kv_run = layout::run_rows(p.page_size);
   params.q_run = layout::run_rows(p.heads_per_kv_head());
   params.scale_log2e = p.softmax_scale * math::kLog2e;

@@ -164,21 +164,18 @@ __device__ __forceinline__ void join_warps(SharedMerge& s, int warp, int lane, i
   s.state[warp][lane][1] = {m.maximum[1], m.sum[1]};
   __syncthreads();
   if (warp % warps_of_tile != 0) return;
-  PartialState state[kCombineWarps][2];
   float largest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-  for (int w = 1; w < kCombineWarps; ++w) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      state[w][r] = w < warps_of_tile ? s.state[warp + w][lane][r] : PartialState{-INFINITY, 0.0f};
-      largest[r] = fmaxf(largest[r], state[w][r].maximum);
-    }
+#pragma unroll 4
+  for (int w = warp + 1; w < warp + warps_of_tile; ++w) {
+    largest[0] = fmaxf(largest[0], s.state[w][lane][0].maximum);
+    largest[1] = fmaxf(largest[1], s.state[w][lane][1].maximum);
   }
   m.raise(largest);
-#pragma unroll
-  for (int w = 1; w < kCombineWarps; ++w) {
-    const float4 o[1] = {w < warps_of_tile ? s.o[warp + w][lane] : float4{}};
-    m.add(state[w], o);
+#pragma unroll 4
+  for (int w = warp + 1; w < warp + warps_of_tile; ++w) {
+    const PartialState state[2] = {s.state[w][lane][0], s.state[w][lane][1]};
+    const float4 o[1] = {s.o[w][lane]};
+    m.add(state, o);
   }
 }
 
@@ -206,21 +203,25 @@ struct RowTargets {
   }
 };
 
+// The rows take turns in one piece of code: what runs once costs more to fetch than to execute.
 template <DType kDType, int kTiles>
 __device__ __forceinline__ void finish_strip(const ResultParams& result, const RowTargets& to, const Merge<kTiles>& m) {
-#pragma unroll
+#pragma unroll 1
   for (int r = 0; r < 2; ++r) {
-    if (to.out[r] < 0) continue;
-    float factor = math::safe_reciprocal(m.sum[r]);
-    if (to.lse[r] != nullptr || result.sink != nullptr) {
-      const float lse_log2 = math::merged_lse(m.maximum[r], m.sum[r]);
-      if (to.lse[r] != nullptr) *to.lse[r] = lse_log2 * result.lse_unit;
-      if (result.sink != nullptr) factor *= math::sink_factor(lse_log2, to.sink[r]);
+    const int64_t out = r == 0 ? to.out[0] : to.out[1];
+    if (out < 0) return;  // nor is there a row behind it
+    const float sum = r == 0 ? m.sum[0] : m.sum[1];
+    float* const lse = r == 0 ? to.lse[0] : to.lse[1];
+    float factor = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);  // a sum is at least the 1 of its largest score
+    if (lse != nullptr || result.sink != nullptr) {
+      const float lse_log2 = math::merged_lse(r == 0 ? m.maximum[0] : m.maximum[1], sum);
+      if (lse != nullptr) *lse = lse_log2 * result.lse_unit;
+      if (result.sink != nullptr) factor *= math::sink_factor(lse_log2, r == 0 ? to.sink[0] : to.sink[1]);
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const float low = r == 0 ? m.o[t].x : m.o[t].z, high = r == 0 ? m.o[t].y : m.o[t].w;
-      store_pair<kDType>(result.out.data, to.out[r] + t * PartialLayout::kTileColumns, result.is_out_fp32,
+      store_pair<kDType>(result.out.data, out + t * PartialLayout::kTileColumns, result.is_out_fp32,
                          factor == 0.0f ? 0.0f : low * factor, factor == 0.0f ? 0.0f : high * factor);
     }
   }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "layout/divider.h"
 #include "layout/partial.h"
 #include "schedule/view.h"
 #include "tensors.h"
@@ -33,9 +34,8 @@ struct DecodeParams {
   TableView block_table;
   ResultParams result;
   int32_t batch;
-  int32_t page_size;
+  layout::Divider page_size, heads_per_kv_head, kv_heads;
   int32_t most_in_flight;  // slots of a CTA that are being loaded at the same time
-  int32_t page_shift;      // its logarithm; -1: not a power of two
   int32_t kv_run;          // layout::run_rows of a page
   int32_t q_run;           // layout::run_rows of the heads of a query token
   float scale_log2e;

@@ -50,7 +50,7 @@ struct Loader {
       begin_slot(min(rows - first, layout::kSlotRows) * kCfg.groups() * layout::kSwizzleRowBytes);
       if (row < rows && ctx.lane * p.q_run < layout::kSlotRows) {
         const int32_t at = work.first_row + row;
-        const int32_t token = at < heads ? 0 : at / heads, head = at - token * heads;
+        const int32_t token = p.heads_per_kv_head.quotient(at), head = p.heads_per_kv_head.remainder(at, token);
         load_query_rows<kCfg>(slot_address(), slot_barrier(), &p.q_latent, &p.q_rope, p.q_run, ctx.lane,
                               {work.kv_head * heads + head, p.result.is_ragged ? work.q_begin + token : token,
                                p.result.is_ragged ? 0 : work.request});
@@ -61,7 +61,7 @@ struct Loader {
 
   // The page that holds a token; -1 (reads as zeros) past the request's end and past the table.
   __device__ __forceinline__ int32_t page_of(const Work& work, int32_t token) const {
-    const int32_t index = p.page_shift >= 0 ? token >> p.page_shift : token / p.page_size;
+    const int32_t index = p.page_size.quotient(token);
     return token < work.len_tokens && index < p.block_table.width
                ? p.block_table.data[work.request * p.block_table.row_stride + index]
                : -1;
@@ -79,9 +79,8 @@ struct Loader {
            first_run += layout::kSlotRows / run) {
         const int32_t slot_page = __shfl_sync(ptx::kWholeWarp, page, first_run + ctx.lane);
         begin_slot(kCfg.slot_bytes());
-        load_key_rows<kCfg>(
-            slot_address(), slot_barrier(), &p.kv_latent, &p.kv_rope, run, ctx.lane,
-            {p.page_shift >= 0 ? token & (p.page_size - 1) : token % p.page_size, work.kv_head, slot_page});
+        load_key_rows<kCfg>(slot_address(), slot_barrier(), &p.kv_latent, &p.kv_rope, run, ctx.lane,
+                            {p.page_size.remainder(token, p.page_size.quotient(token)), work.kv_head, slot_page});
         end_slot();
         token += layout::kSlotRows;
       }

@@ -16,8 +16,7 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
   ptx::griddepcontrol_launch_dependents();  // I4
   end = view.boundary()[part + 1];
   schedule::for_each_piece(p.config, view, part, end, [&](const schedule::Piece& piece, int32_t) {
-    // A division takes longer than a load from near memory.
-    const int32_t row_group = p.config.kv_heads == 1 ? piece.item : piece.item / p.config.kv_heads;
+    const int32_t row_group = p.kv_heads.quotient(piece.item);
     const int32_t first_row = row_group * p.config.item_rows + tile * kTileRows;
     if (piece.request >= p.batch || first_row >= view.q_tokens(piece.request) * p.config.heads_per_kv_head)
       return;  // I1: the tile has a row
@@ -31,7 +30,7 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
     work.end_block = piece.end_block;
     work.slot = slot;
     work.first_row = first_row;
-    work.kv_head = piece.item - row_group * p.config.kv_heads;
+    work.kv_head = p.kv_heads.remainder(piece.item, row_group);
     work.len_tokens = view.len()[piece.request];
     work.q_begin = view.q_begin()[piece.request];
     work.q_tokens = view.q_tokens(piece.request);
