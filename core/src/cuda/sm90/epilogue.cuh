@@ -23,28 +23,27 @@ __device__ __forceinline__ int64_t row_offset(const RowView& view, const ResultP
   return view.offset(result.is_ragged, work.request, work.q_begin, token, head);
 }
 
-// Writes the lse of a final row, and returns what the attention sink multiplies its out with.
-__device__ __forceinline__ float finish_whole_row(const ResultParams& result, const schedule::Config& config,
-                                                  const Work& work, int32_t row, float lse_log2, bool writes_lse) {
-  if (writes_lse && result.lse.data != nullptr) {
+// What finishes O of a row: 1 / sum, and what the attention sink takes. 0: the row saw nothing. Of a partial result any other number.
+__device__ __forceinline__ float row_factor(const ResultParams& result, const schedule::Config& config,
+                                            const Work& work, int32_t row, float maximum, float sum) {
+  if (work.slot != kWholeItem || sum == 0.0f) return sum;
+  const float factor = __fdividef(1.0f, sum);  // a sum is at least the 1 of its largest score, or NaN
+  if (result.sink == nullptr) return factor;
+  const float sink = result.sink[head_of_row(config.heads_per_kv_head, work, row)];
+  return factor * math::sink_factor(maximum + log2f(sum), sink * math::kLog2e);
+}
+
+// What a row leaves beside its O: its lse, or the state of its partial result. item_row: among the rows of the item.
+__device__ __forceinline__ void store_row_state(const ResultParams& result, const schedule::Config& config,
+                                                const Work& work, int32_t item_row, int32_t row, float maximum,
+                                                float sum) {
+  if (work.slot >= 0) {
+    result.partial_state[result.partial.row_offset(work.slot, item_row)] = {sum == 0.0f ? -INFINITY : maximum, sum};
+  } else if (work.slot == kWholeItem && result.lse.data != nullptr) {
+    const float lse_log2 = sum == 0.0f ? -INFINITY : maximum + log2f(sum);
     static_cast<float*>(result.lse.data)[row_offset(result.lse, result, config.heads_per_kv_head, work, row)] =
         lse_log2 * result.lse_unit;
   }
-  if (result.sink == nullptr) return 1.0f;
-  return math::sink_factor(lse_log2, result.sink[head_of_row(config.heads_per_kv_head, work, row)] * math::kLog2e);
-}
-
-// Writes what a row of the tile leaves beside its O, and returns the factor that finishes its O: 0 where the row saw nothing, and for a
-// partial result any other number.
-__device__ __forceinline__ float finish_row(const ResultParams& result, const schedule::Config& config,
-                                            const Work& work, int32_t item_row, int32_t row, float maximum, float sum) {
-  if (work.slot >= 0) {
-    result.partial_state[result.partial.row_offset(work.slot, item_row)] = {sum == 0.0f ? -INFINITY : maximum, sum};
-    return sum;
-  }
-  const float lse_log2 = sum == 0.0f ? -INFINITY : maximum + log2f(sum);
-  const float factor = math::safe_reciprocal(sum);
-  return work.slot == kWholeItem ? factor * finish_whole_row(result, config, work, row, lse_log2, true) : factor;
 }
 
 // Two neighbouring columns of out.
@@ -66,106 +65,106 @@ __device__ __forceinline__ void store_pair(void* out, int64_t offset, bool is_fp
   }
 }
 
-// How rows of out can be written: the fast way takes two-byte elements and rows aligned to 8 bytes.
-enum class StorePath { kFast, kAny };
-
-template <StorePath kPath, DType kDType>
-__device__ __forceinline__ void store_four(void* out, int64_t offset, bool is_fp32, float c0, float c1, float c2,
-                                           float c3) {
-  if constexpr (kPath == StorePath::kFast) {
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out) + offset) =
-        make_uint2(ptx::cvt_pack<kDType>(c0, c1), ptx::cvt_pack<kDType>(c2, c3));
-  } else {
-    store_pair<kDType>(out, offset, is_fp32, c0, c1);
-    store_pair<kDType>(out, offset + 2, is_fp32, c2, c3);
-  }
-}
-
-// One row of two neighbouring accumulator tiles of 8 columns, a and b, two columns of each a lane. Lanes trade, so that an even lane
-// writes four columns of a and an odd one four of b, and the four lanes of a row fill 32 bytes. The whole warp calls this.
-template <StorePath kPath, DType kDType>
-__device__ __forceinline__ void store_tile_pair(void* out, int64_t row_offset, bool is_row, bool is_fp32, int lane,
-                                                float2 a, float2 b) {
-  const bool is_odd = lane % 2 != 0;
-  const float2 given = is_odd ? a : b;
-  const float2 taken =
-      make_float2(__shfl_xor_sync(ptx::kWholeWarp, given.x, 1), __shfl_xor_sync(ptx::kWholeWarp, given.y, 1));
-  if (!is_row) return;
-  const float2 first = is_odd ? taken : a, second = is_odd ? b : taken;
-  store_four<kPath, kDType>(out, row_offset + (is_odd ? 8 : 0) + lane % 4 / 2 * 4, is_fp32, first.x, first.y, second.x,
-                            second.y);
-}
-
-__device__ __forceinline__ StorePath store_path(const ResultParams& result, int64_t row_offset) {
-  const bool is_aligned =
-      reinterpret_cast<uintptr_t>(static_cast<uint16_t*>(result.out.data) + row_offset) % sizeof(uint2) == 0;
-  return !result.is_out_fp32 && is_aligned ? StorePath::kFast : StorePath::kAny;
-}
-
 // O of one output warpgroup: [64 rows, 256 columns] as two fragments of 128 columns.
 using OutputFragment = float[2][64];
 
-// One row of O times its factor; r: which of the thread's two rows. A denominator of 0 gives 0, whatever O holds.
-template <StorePath kPath, DType kDType>
-__device__ __forceinline__ void store_row(const OutputFragment& o, int r, float factor, const ResultParams& result,
-                                          int64_t row_offset, bool is_row, int lane) {
-  const auto pair = [&](int tile) {
-    const float* v = &o[tile / 16][tile % 16 * 4 + 2 * r];
-    return factor == 0.0f ? make_float2(0.0f, 0.0f) : make_float2(v[0] * factor, v[1] * factor);
+inline constexpr int kHalfTiles = kHalfColumns / layout::PartialLayout::kTileColumns;  // of 8 columns
+
+// The two columns that a lane holds of a tile, in its row r.
+__device__ __forceinline__ const float* pair_of(const OutputFragment& o, int tile, int r) {
+  return &o[tile / 16][tile % 16 * 4 + 2 * r];
+}
+
+// O into the partial's slot, as accumulated. has_zero: a row of the warp saw nothing, whatever its O holds.
+__device__ __forceinline__ void store_partial(const OutputFragment& o, float* target, const bool (&is_zero)[2],
+                                              bool has_zero) {
+  const auto float4_of = [&](int tile) {
+    return reinterpret_cast<float4*>(target + tile * layout::PartialLayout::kTileFloats);
   };
 #pragma unroll
-  for (int tile = 0; tile < kHalfColumns / layout::PartialLayout::kTileColumns; tile += 2) {
-    store_tile_pair<kPath, kDType>(result.out.data, row_offset + tile * layout::PartialLayout::kTileColumns, is_row,
-                                   result.is_out_fp32, lane, pair(tile), pair(tile + 1));
+  for (int tile = 0; tile < kHalfTiles; ++tile) {
+    const float *v = pair_of(o, tile, 0), *w = pair_of(o, tile, 1);
+    *float4_of(tile) = make_float4(v[0], v[1], w[0], w[1]);
+  }
+  if (!has_zero) return;
+#pragma unroll 1
+  for (int tile = 0; tile < kHalfTiles; ++tile) {
+    float4& stored = *float4_of(tile);
+    if (is_zero[0]) stored.x = stored.y = 0.0f;
+    if (is_zero[1]) stored.z = stored.w = 0.0f;
   }
 }
 
-// O times scale into out, or O into the partial's slot.
+// One row, of two-byte elements and aligned to 8 bytes, which begins at target. Of two neighbouring tiles a lane holds two columns of each;
+// lanes trade, so that an even lane writes four columns of the first and an odd one four of the second, and the four lanes of a row fill 32
+// bytes. The whole warp calls this; target = nullptr: this lane has no row.
 template <DType kDType>
-__device__ __forceinline__ void store_output(const OutputFragment& o, const ResultParams& result,
-                                             const schedule::Config& config, const Work& work, const float* scale,
-                                             int tile, int half, int thread) {
-  const int32_t rows = work.q_tokens * config.heads_per_kv_head - work.first_row;
-  const int32_t row[2] = {layout::fragment_row(thread, 0), layout::fragment_row(thread, 1)};
-  const float factor[2] = {scale[row[0]], scale[row[1]]};
-  const int lane = thread % 32;
-  if (work.slot >= 0) {
-    constexpr int kTiles = kHalfColumns / layout::PartialLayout::kTileColumns;
-    const int strip = tile * (kTileRows / layout::PartialLayout::kStripRows) + thread / 32;
-    if (strip >= result.partial.strips) return;
-    float* target = result.partial_out + result.partial.out_offset(work.slot, strip, half * kTiles, lane);
-    const bool is_zero[2] = {factor[0] == 0.0f && row[0] < rows, factor[1] == 0.0f && row[1] < rows};
-    const bool has_zero = __any_sync(ptx::kWholeWarp, is_zero[0] || is_zero[1]);
-    const auto store = [&](auto&& value) {
+__device__ __forceinline__ void store_row_fast(const OutputFragment& o, int r, float factor, uint16_t* target,
+                                               int lane) {
+  const bool is_odd = lane % 2 != 0, is_row = target != nullptr;
+  target += (is_odd ? layout::PartialLayout::kTileColumns : 0) + lane % 4 / 2 * 4;
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const float* v = &o[j / 16][j % 16 * 4];
-        *reinterpret_cast<float4*>(target + j * layout::PartialLayout::kTileFloats) =
-            make_float4(value(v[0], 0), value(v[1], 0), value(v[2], 1), value(v[3], 1));
-      }
-    };
-    // Small batches wait for this, and each instruction is fetched for the first time.
-    if (!has_zero) {
-      store([](float x, int) { return x; });
-    } else {
-      store([&](float x, int r) { return is_zero[r] ? 0.0f : x; });
+  for (int tile = 0; tile < kHalfTiles; tile += 2) {
+    const float *v = pair_of(o, tile, r), *w = pair_of(o, tile + 1, r);
+    const uint32_t a = ptx::cvt_pack<kDType>(v[0] * factor, v[1] * factor),
+                   b = ptx::cvt_pack<kDType>(w[0] * factor, w[1] * factor);
+    const uint32_t taken = __shfl_xor_sync(ptx::kWholeWarp, is_odd ? a : b, 1);
+    if (is_row)
+      *reinterpret_cast<uint2*>(target + tile * layout::PartialLayout::kTileColumns) =
+          make_uint2(is_odd ? taken : a, is_odd ? b : taken);
+  }
+}
+
+// O times its factor into out. offset: where this lane's two rows begin in this half of the columns, < 0: there is no such row.
+template <DType kDType>
+__device__ __forceinline__ void store_rows(const OutputFragment& o, const ResultParams& result,
+                                           const int64_t (&offset)[2], const float (&factor)[2], int lane) {
+  uint16_t* const out = static_cast<uint16_t*>(result.out.data);
+  const auto is_slow = [&](int r) {
+    return offset[r] >= 0 &&
+           (result.is_out_fp32 || factor[r] == 0.0f || reinterpret_cast<uintptr_t>(out + offset[r]) % sizeof(uint2) != 0);
+  };
+  if (!__any_sync(ptx::kWholeWarp, is_slow(0) || is_slow(1))) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (__any_sync(ptx::kWholeWarp, offset[r] >= 0))
+        store_row_fast<kDType>(o, r, factor[r], offset[r] < 0 ? nullptr : out + offset[r], lane);
     }
     return;
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool is_row = row[r] < rows;
-    const int64_t offset =
-        is_row ? row_offset(result.out, result, config.heads_per_kv_head, work, work.first_row + row[r]) +
-                     half * kHalfColumns
-               : 0;
-    if (!__any_sync(ptx::kWholeWarp, is_row)) return;
-    if (__all_sync(ptx::kWholeWarp, !is_row || store_path(result, offset) == StorePath::kFast)) {
-      store_row<StorePath::kFast, kDType>(o, r, factor[r], result, offset, is_row, lane);
-    } else {
-      store_row<StorePath::kAny, kDType>(o, r, factor[r], result, offset, is_row, lane);
+    if (offset[r] < 0) continue;
+#pragma unroll
+    for (int tile = 0; tile < kHalfTiles; ++tile) {
+      const float* v = pair_of(o, tile, r);
+      // A denominator of 0 gives 0, whatever O holds.
+      store_pair<kDType>(result.out.data, offset[r] + tile * layout::PartialLayout::kTileColumns + lane % 4 * 2,
+                         result.is_out_fp32, factor[r] == 0.0f ? 0.0f : v[0] * factor[r],
+                         factor[r] == 0.0f ? 0.0f : v[1] * factor[r]);
     }
   }
+}
+
+// O into out or the partial's slot. factors, out_rows: of the tile's rows, see Control.
+template <DType kDType>
+__device__ __forceinline__ void store_output(const OutputFragment& o, const ResultParams& result, const Work& work,
+                                             int32_t rows, const float* factors, const int64_t* out_rows, int tile,
+                                             int half, int thread) {
+  const int32_t row[2] = {layout::fragment_row(thread, 0), layout::fragment_row(thread, 1)};
+  const float factor[2] = {factors[row[0]], factors[row[1]]};
+  const int lane = thread % 32;
+  if (work.slot >= 0) {
+    const int strip = tile * (kTileRows / layout::PartialLayout::kStripRows) + thread / 32;
+    if (strip >= result.partial.strips) return;
+    const bool is_zero[2] = {factor[0] == 0.0f && row[0] < rows, factor[1] == 0.0f && row[1] < rows};
+    store_partial(o, result.partial_out + result.partial.out_offset(work.slot, strip, half * kHalfTiles, lane), is_zero,
+                  __any_sync(ptx::kWholeWarp, is_zero[0] || is_zero[1]));
+    return;
+  }
+  const int64_t offset[2] = {row[0] < rows ? out_rows[row[0]] + half * kHalfColumns : -1,
+                             row[1] < rows ? out_rows[row[1]] + half * kHalfColumns : -1};
+  store_rows<kDType>(o, result, offset, factor, lane);
 }
 
 }  // namespace mla::cuda::sm90

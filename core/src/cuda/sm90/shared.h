@@ -31,7 +31,9 @@ struct Control {
   schedule::Boundary part_end;                  // the planner's
   float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
-  float scale[kTileRows];                       // what O is multiplied with at the end
+  float factor[kTileRows];                      // row_factor: what O is multiplied with at the end
+  // Where the rows of a whole item begin in out. Scores are never two items ahead of the outputs: they share one `factor`.
+  int64_t out_row[2][kTileRows];
 };
 
 template <DecodeConfig kCfg>

@@ -91,7 +91,8 @@ struct Outputs {
         add_slot(o, token == begin, work.len_tokens - token);
       wait_full<Barrier::kScaleFull>(ctx.barriers, scale_at(at));
       if (work.slot != kDropped)
-        store_output<kCfg.dtype>(o, p.result, p.config, work, ctx.control->scale, tile, half, ctx.thread);
+        store_output<kCfg.dtype>(o, p.result, work, tile_rows(p.config, work), ctx.control->factor,
+                                 ctx.control->out_row[at.value % 2], tile, half, ctx.thread);
       __syncwarp();
       if (ctx.lane == 0) {
         arrive<Barrier::kScaleEmpty>(ctx.barriers, 0);

@@ -138,19 +138,34 @@ struct Scores {
     hand_over_p();
   }
 
+  // Where the outputs will store a whole item, worked out while its first loads are under way.
+  __device__ __forceinline__ void locate_rows(const Work& work, WorkCursor at) const {
+    if (work.slot != kWholeItem || ctx.thread >= tile_rows(p.config, work)) return;
+    ctx.control->out_row[at.value % 2][ctx.thread] =
+        row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, work.first_row + ctx.thread);
+  }
+
   __device__ __forceinline__ void finish(const Work& work, WorkCursor at, int tile) {
     wait_empty<Barrier::kScaleEmpty>(ctx.barriers, scale_at(at));
     const int32_t rows = tile_rows(p.config, work);
+    float sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = work.len_tokens == schedule::kInvalidLen ? NAN : sum_of_quad(state.sum[r]);
+      sum[r] = work.len_tokens == schedule::kInvalidLen ? NAN : sum_of_quad(state.sum[r]);
       const int row = layout::fragment_row(ctx.thread, r);
-      if (ctx.lane % 4 == 0 && row < rows) {
-        ctx.control->scale[row] =
-            finish_row(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, state.maximum[r], sum);
-      }
+      if (ctx.lane % 4 == 0 && row < rows)
+        ctx.control->factor[row] =
+            row_factor(p.result, p.config, work, work.first_row + row, state.maximum[r], sum[r]);
     }
     if (ctx.lane % 4 == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);
+    // The outputs do not wait for what follows.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = layout::fragment_row(ctx.thread, r);
+      if (ctx.lane % 4 == 0 && row < rows)
+        store_row_state(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, state.maximum[r],
+                        sum[r]);
+    }
     __syncwarp();
   }
 
@@ -159,6 +174,7 @@ struct Scores {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
+      locate_rows(work, at);
       take_q_slots(tile_rows(p.config, work));
       state = {};
       if (work.begin_block < work.end_block) run_slots(work);
