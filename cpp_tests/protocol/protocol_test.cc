@@ -50,6 +50,12 @@ struct Piece {
   int q_slots, key_slots;
 };
 
+// What the loader makes of the first piece before it knows it: nothing, the piece itself, or another one of so many slots.
+struct Guess {
+  bool is_made = false;
+  int wrong_slots = 0;
+};
+
 // A role is a list of steps; a step that cannot be taken yet returns false and is tried again.
 struct Role {
   std::string name;
@@ -69,10 +75,10 @@ struct Role {
 // One CTA. The kernel's program, as seen by the barriers; buffer contents are the number of the use that wrote them.
 class Cta {
  public:
-  Cta(const std::vector<Piece>& pieces, int ring_slots, int most_in_flight)
+  Cta(const std::vector<Piece>& pieces, int ring_slots, int most_in_flight, Guess guess)
       : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1), most_in_flight_(most_in_flight) {
     add_planner(static_cast<int>(pieces.size()));
-    add_loader(pieces);
+    add_loader(pieces, guess);
     for (int warp = 0; warp < sm90::kScoreWarps; ++warp) add_score_warp(pieces);
     for (int warp = 0; warp < sm90::kOutputWarps; ++warp) add_output_warp(pieces);
   }
@@ -97,32 +103,65 @@ class Cta {
     Role r{"planner", {}};
     for (int i = 0; i <= pieces; ++i) {  // the last one says that there are no more
       wait_empty(r, Barrier::kWorkEmpty, i);
-      arrive(r, Barrier::kWorkFull, i);
+      arrive(r, i == 0 ? Barrier::kFirstWork : Barrier::kWorkFull, i);
     }
     roles_.push_back(std::move(r));
   }
 
-  void add_loader(const std::vector<Piece>& pieces) {
+  void confirm(Role& r, int wrong_slots) {
+    wait_full(r, Barrier::kFirstWork, 0);
+    for (int n = 0; n < wrong_slots; ++n) {
+      wait_full(r, Barrier::kSlotFull, n);
+      arrive(r, Barrier::kSlotFull, n);
+    }
+    arrive(r, Barrier::kWorkFull, 0);
+  }
+
+  void add_loader(const std::vector<Piece>& pieces, Guess guess) {
     Role r{"loader", {}};
+    const bool is_right = guess.is_made && guess.wrong_slots == 0 && !pieces.empty();
+    const int wrong_slots = guess.is_made ? std::min(guess.wrong_slots, most_in_flight_) : 0;
+    for (int n = 0; n < wrong_slots; ++n) r.act([this] { ++issued_; });
+    add_wrong_copies(wrong_slots);
+    if (!is_right) confirm(r, wrong_slots);
     int slot = 0;
     for (size_t i = 0; i < pieces.size(); ++i) {
-      wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
-      for (int k = 0; k < pieces[i].q_slots + pieces[i].key_slots; ++k, ++slot) {
+      bool is_guess = i == 0 && is_right;
+      if (!is_guess) wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
+      const int slots = pieces[i].q_slots + pieces[i].key_slots;
+      for (int k = 0; k <= slots; ++k) {
+        if (is_guess && (k == most_in_flight_ || k == slots)) {
+          confirm(r, 0);
+          is_guess = false;
+        }
+        if (k == slots) break;
         if (slot >= most_in_flight_) wait_full(r, Barrier::kSlotFull, slot - most_in_flight_);
         wait_empty(r, Barrier::kSlotEmpty, slot);
         r.act([this] { ++issued_; });
+        ++slot;
       }
       arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
     }
     roles_.push_back(std::move(r));
-    for (int first = 0; first < 2; ++first) add_copies(first, slot);
+    for (int first = 0; first < 2; ++first) add_copies(first, slot, wrong_slots);
+  }
+
+  // Of a wrong guess: never read.
+  void add_wrong_copies(int slots) {
+    for (int n = 0; n < slots; ++n) {
+      Role r{"copies", {}};
+      r.wait([this, n] { return issued_ > n; });
+      r.act([this, n] { slot_content_[static_cast<size_t>(n)] = -1; });
+      arrive(r, Barrier::kSlotFull, n);
+      roles_.push_back(std::move(r));
+    }
   }
 
   // The bytes of every second slot land, some time after the load was issued: so neighbours land in either order.
-  void add_copies(int first, int slots) {
+  void add_copies(int first, int slots, int wrong_slots) {
     Role r{"copies", {}};
     for (int n = first; n < slots; n += 2) {
-      r.wait([this, n] { return issued_ > n; });
+      r.wait([this, n, wrong_slots] { return issued_ > wrong_slots + n; });
       r.act([this, n] { slot_content_[static_cast<size_t>(n) % slot_content_.size()] = n; });
       arrive(r, Barrier::kSlotFull, n);
     }
@@ -207,14 +246,16 @@ TEST_CASE("every order of the roles comes to an end") {
     std::vector<Piece> pieces(random() % 7);
     for (Piece& piece : pieces) piece = {1 + static_cast<int>(random() % 2), static_cast<int>(random() % 18)};
     for (const int ring_slots : {5, 6}) {
-      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(ring_slots));
-      Cta shuffled(pieces, ring_slots, most_in_flight);
+      // Of the slots of Q none waits for another one to land, or a guess would not come to its end.
+      const int most_in_flight = 2 + static_cast<int>(random() % static_cast<unsigned>(ring_slots - 1));
+      const Guess guess{random() % 3 > 0, random() % 2 > 0 ? 1 + static_cast<int>(random() % 5) : 0};
+      Cta shuffled(pieces, ring_slots, most_in_flight, guess);
       play(shuffled, [&](size_t n) { return random() % n; });
       // The first role as far as it gets, then the next: the loader far ahead; and the other way round: everyone waiting for it.
       size_t turn = 0;
-      Cta forward(pieces, ring_slots, most_in_flight);
+      Cta forward(pieces, ring_slots, most_in_flight, guess);
       play(forward, [&](size_t n) { return turn++ % n; });
-      Cta backward(pieces, ring_slots, most_in_flight);
+      Cta backward(pieces, ring_slots, most_in_flight, guess);
       play(backward, [&](size_t n) { return n - 1 - turn++ % n; });
     }
   }

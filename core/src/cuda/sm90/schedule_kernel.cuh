@@ -168,6 +168,8 @@ __device__ __forceinline__ void make_schedule(const ScheduleParams& p, const sch
   int32_t few_begin = static_cast<int32_t>(schedule::part_position(thread, config.parts, p.batch));
   asm volatile("" : "+l"(uniform_items), "+r"(few_begin));  // computed here, not behind the wait
   ptx::griddepcontrol_wait();
+  // Decode may start now, and shall not guess by an old schedule. The thread is the one that writes the header.
+  if (thread == kScheduleThreads - 1) view.header()->magic = 0;
   ptx::griddepcontrol_launch_dependents();
 
   Cost cost = 0, longest = 0;

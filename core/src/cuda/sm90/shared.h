@@ -1,6 +1,8 @@
 // Shared memory of the dense decode kernel: the tiles' places, and the small things behind them.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/protocol.h"
 #include "layout/smem_plan.h"
@@ -16,8 +18,9 @@ struct Work {
   int32_t q_tokens, q_begin;
   int32_t first_row;  // of the tile, among the request's rows of this kv head
   int32_t kv_head;
-  int32_t slot;  // of the partial result; or one of:
+  int32_t slot;  // of the partial result; or one of the two below
 };
+inline constexpr int kLoaderWords = offsetof(Work, slot) / sizeof(int32_t);  // all that a loader needs to know
 
 // Slots of the ring that Q takes: the second holds rows 32 to 63.
 MLA_HD constexpr int q_slots(int32_t rows_of_tile) { return rows_of_tile > layout::kSlotRows ? 2 : 1; }
@@ -28,6 +31,7 @@ inline constexpr int32_t kDropped = -2;  // no room in scratch (more tokens than
 struct Control {
   uint64_t barriers[kBarrierCount];
   Work work[kWorkStages];
+  Work guess;                                   // the loader's
   schedule::Boundary part_end;                  // the planner's
   float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is

@@ -7,6 +7,15 @@
 
 namespace mla::cuda::sm90 {
 
+// The first Work goes to the loader, which tells the others.
+__device__ __forceinline__ void publish(const RoleContext& ctx, WorkCursor at) {
+  if (at.value == 0) {
+    arrive<Barrier::kFirstWork>(ctx.barriers, 0);
+  } else {
+    arrive<Barrier::kWorkFull>(ctx.barriers, at.stage());
+  }
+}
+
 // The fields are written one by one once the buffer is free: the planner has few registers.
 __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleContext& ctx, int tile, int part) {
   const schedule::ConstView view(p.schedule, p.layout);
@@ -34,12 +43,12 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
     work.len_tokens = view.len()[piece.request];
     work.q_begin = view.q_begin()[piece.request];
     work.q_tokens = view.q_tokens(piece.request);
-    arrive<Barrier::kWorkFull>(ctx.barriers, at.stage());
+    publish(ctx, at);
     at.advance();
   });
   wait_empty<Barrier::kWorkEmpty>(ctx.barriers, at);
   ctx.control->work[at.stage()].request = -1;
-  arrive<Barrier::kWorkFull>(ctx.barriers, at.stage());
+  publish(ctx, at);
 }
 
 }  // namespace mla::cuda::sm90
