@@ -100,8 +100,8 @@ Status make_plan(Plan& plan) {
   const CurrentDevice current(p.device_id);
   MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
   MLA_RETURN_IF_ERROR(set_shared_memory(state->variant->kernel(), state->variant->shared_bytes));
-  for (const bool shares_tiles : {false, true}) {
-    MLA_RETURN_IF_ERROR(set_shared_memory(sm90::combine_kernel_handle(p.q_dtype, shares_tiles), spreading_bytes(1, 1)));
+  for (const int32_t tiles_of_warp : {1, sm90::kCombineTiles}) {
+    MLA_RETURN_IF_ERROR(set_shared_memory(sm90::combine_kernel_handle(p.q_dtype, tiles_of_warp), spreading_bytes(1, 1)));
   }
   MLA_RETURN_IF_ERROR(set_shared_memory(sm90::schedule_kernel_handle(), 0));
   plan.state = std::move(state);
@@ -184,18 +184,22 @@ sm90::ResultParams result_params(const Plan& plan, const DecodeCall& call) {
 // How the combine grid is laid out, see CombineParams.
 struct CombineShape {
   LaunchShape launch;
+  int32_t tiles_of_warp;
   int32_t warps_of_tile;
   bool is_by_item;
 };
+
+// Of a combine grid whose CTAs are all there at once, two a multiprocessor.
+int64_t most_warps(int multiprocessors) { return int64_t{2} * multiprocessors * sm90::kCombineWarps; }
 
 // As many as there are pieces for (at least two each), and as fill the device. fixed_chunk: always the same, because the order of the
 // merge is part of a row's bits, and these must not depend on the batch.
 int32_t warps_of_tile(const PlanShape& shape, int64_t items, int64_t tiles, int multiprocessors) {
   if (shape.config.chunk_blocks > 0) return 4;
   const int64_t cuts = ceil_div(shape.config.parts, items);  // of an item, about
-  const int64_t most_warps = int64_t{2} * multiprocessors * sm90::kCombineWarps;
   int32_t warps = 1;
-  while (warps < sm90::kCombineWarps && 4 * warps <= cuts && items * tiles * 2 * warps <= most_warps) warps *= 2;
+  while (warps < sm90::kCombineWarps && 4 * warps <= cuts && items * tiles * 2 * warps <= most_warps(multiprocessors))
+    warps *= 2;
   return warps;
 }
 
@@ -206,8 +210,8 @@ CombineShape combine_shape(const PlanShape& shape, int32_t batch, int multiproce
   CombineShape c{};
   c.is_by_item = shape.config.chunk_blocks > 0 || items <= cut_places;
   c.warps_of_tile = warps_of_tile(shape, items, tiles, multiprocessors);
-  const int64_t tiles_of_cta =
-      c.warps_of_tile > 1 ? sm90::kCombineWarps / c.warps_of_tile : sm90::kCombineWarps * sm90::kCombineTiles;
+  c.tiles_of_warp = c.warps_of_tile > 1 || items * tiles <= most_warps(multiprocessors) ? 1 : sm90::kCombineTiles;
+  const int64_t tiles_of_cta = sm90::kCombineWarps * c.tiles_of_warp / c.warps_of_tile;
   const int64_t columns = c.is_by_item ? items : cut_places, ctas = ceil_div(tiles, tiles_of_cta);
   c.launch = {dim3(static_cast<unsigned>(columns), static_cast<unsigned>(ctas)), sm90::kCombineThreads, 1,
               spreading_bytes(columns * ctas, multiprocessors)};
@@ -261,7 +265,7 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
                                            static_cast<int32_t>(p.q_len),
                                            combine.warps_of_tile,
                                            combine.is_by_item ? shape.items_per_request : 0};
-  return launch(sm90::combine_kernel_handle(p.q_dtype, combine.warps_of_tile > 1), "combine kernel", combine.launch,
+  return launch(sm90::combine_kernel_handle(p.q_dtype, combine.tiles_of_warp), "combine kernel", combine.launch,
                 combine_params, stream);
 }
 

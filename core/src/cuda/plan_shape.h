@@ -37,6 +37,7 @@ inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   c.parts = std::clamp(multiprocessors / shape.tiles, 1, sm90::kCombineThreads);  // combine has a thread for each
   c.overhead_blocks = 8;
   c.cut_blocks = 24;  // measured, see sm90/README.md
+  c.splits_evenly = true;
   c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;
   shape.partial.strips =
       static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));

@@ -1,12 +1,13 @@
 // Fills a schedule buffer on the host, in O(batch + parts). The CUDA schedule kernel gives the same bytes.
 #pragma once
 
+#include "schedule/even_split.h"
 #include "schedule/view.h"
 #include "schedule/whole.h"
 
 namespace mla::schedule {
 
-// Three ways to set where parts begin, from the costs. Positions only grow, so no search goes back.
+// Four ways to set where parts begin, from the costs. Positions only grow, so no search goes back.
 
 // Cuts requests where equal shares end, at the granularity of cells.
 inline void cut(const Config& c, const View& view, int32_t batch) {
@@ -19,6 +20,22 @@ inline void cut(const Config& c, const View& view, int32_t batch) {
                                           : boundary_in_request(c, request, position - prefix[request],
                                                                 view.len()[request], c.items(view.q_tokens(request)));
   }
+}
+
+// even_split.h. False: it takes too many parts.
+inline bool split_evenly(const Config& c, const View& view, int32_t batch, int64_t share) {
+  int64_t begin = 0;  // of a request, in parts
+  for (int32_t r = 0; r < batch; ++r) {
+    const int64_t n = c.blocks(view.len()[r]), pieces = split_pieces(n, share);
+    const int64_t end = begin + c.items(view.q_tokens(r)) * pieces;
+    if (end > c.parts) return false;
+    for (int64_t p = begin; p < end; ++p)
+      view.boundary()[p] =
+          split_boundary(r, static_cast<int32_t>(p - begin), static_cast<int32_t>(n), static_cast<int32_t>(pieces));
+    begin = end;
+  }
+  for (; begin < c.parts; ++begin) view.boundary()[begin] = {batch, 0, 0, 0};
+  return true;
 }
 
 // even of whole.h. False: it does not fit.
@@ -54,10 +71,11 @@ inline bool keep_whole_packed(const Config& c, const View& view, int32_t batch, 
 }
 
 inline void set_boundaries(const Config& c, const View& view, int32_t batch) {
-  const int64_t limit = whole_limit(c, view.cost_prefix()[batch]);
+  const int64_t total = view.cost_prefix()[batch], limit = whole_limit(c, total);
   const bool is_whole =
       c.chunk_blocks == 0 && (keep_whole_even(c, view, batch, limit) || keep_whole_packed(c, view, batch, limit));
-  if (!is_whole) cut(c, view, batch);
+  const bool may_split = c.chunk_blocks == 0 && c.splits_evenly && batch <= c.parts;
+  if (!is_whole && !(may_split && split_evenly(c, view, batch, even_share(c, total)))) cut(c, view, batch);
   view.boundary()[c.parts] = {batch, 0, 0, 0};
 }
 

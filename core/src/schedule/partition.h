@@ -3,7 +3,8 @@
 // An item is (request, row group, kv head): up to item_rows query rows that walk one request's keys together. The work of a batch is
 // a line on which an item of a request with n blocks of keys is as long as n + overhead_blocks. Part p of P begins where position
 // p * total / P falls; it ends where part p + 1 begins. Neighbours share a boundary, so every block is covered exactly once, and a
-// part costs at most ceil(total / P) + overhead_blocks. But a balanced schedule cuts either like this or not at all: whole.h.
+// part costs at most ceil(total / P) + overhead_blocks. But a balanced schedule cuts nothing where it can, or every item evenly: whole.h,
+// even_split.h.
 //
 // A boundary is a cell (request, item, block). An item with keys owns cells 0 .. n-1; an item without keys owns cell 0, so that one
 // part visits it and writes its empty rows. A position inside the overhead of an item maps to the item's cell 0.
@@ -32,6 +33,7 @@ struct Config {
   int32_t plan_key;         // set after the backend's plan(): ties a schedule to its plan
   int64_t slots;            // partial results that fit into scratch
   int32_t cut_blocks = 0;   // most of what its cuts cost a part, see whole.h
+  bool splits_evenly = false;  // see even_split.h
 
   MLA_HD constexpr int32_t blocks(int64_t len_tokens) const {
     return static_cast<int32_t>((len_tokens + block_tokens - 1) / block_tokens);

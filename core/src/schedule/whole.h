@@ -17,8 +17,12 @@ inline constexpr int32_t kMostPacked = 512;
 // What a part may cost where no request is cut: its even share, the overhead that bounds parts in any case, and what the cuts would cost
 // it. They cost short parts less. T: a type that holds total + parts.
 template <class T>
+MLA_HD constexpr T even_share(const Config& c, T total) {
+  return (total + static_cast<T>(c.parts) - 1) / static_cast<T>(c.parts);
+}
+template <class T>
 MLA_HD constexpr T whole_limit(const Config& c, T total) {
-  const T share = (total + static_cast<T>(c.parts) - 1) / static_cast<T>(c.parts);
+  const T share = even_share(c, total);
   const T cuts = share / 8;
   return share + static_cast<T>(c.overhead_blocks) +
          (cuts < static_cast<T>(c.cut_blocks) ? cuts : static_cast<T>(c.cut_blocks));

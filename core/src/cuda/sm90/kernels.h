@@ -17,7 +17,7 @@ namespace mla::cuda::sm90 {
 #undef MLA_VARIANT
 
 const void* schedule_kernel_handle();
-const void* combine_kernel_handle(DType dtype, bool shares_tiles);
+const void* combine_kernel_handle(DType dtype, int32_t tiles_of_warp);
 const void* merge_kernel_handle();
 
 }  // namespace mla::cuda::sm90

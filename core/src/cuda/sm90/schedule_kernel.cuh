@@ -8,6 +8,7 @@
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/ptx/common.cuh"
 #include "cuda/sm90/ptx/pdl.cuh"
+#include "schedule/even_split.h"
 #include "schedule/whole.h"
 
 namespace mla::cuda::sm90 {
@@ -121,6 +122,36 @@ __device__ __forceinline__ int32_t packed_begin(const Costs<Cost>& costs, Cost l
   return begin;
 }
 
+// even_split.h, for no more requests than threads. Sets at to where this thread's part begins, or returns false; every thread calls this.
+template <class Cost>
+__device__ __forceinline__ bool split_evenly(const Costs<Cost>& costs, uint32_t share, ScheduleShared& s,
+                                             schedule::Boundary& at) {
+  const int32_t thread = threadIdx.x, batch = costs.batch;
+  const uint32_t parts = static_cast<uint32_t>(costs.config.parts);
+  const auto blocks_of = [&](int32_t r) { return static_cast<uint32_t>(costs.config.blocks(costs.len[r])); };
+  uint32_t of_request = 0;  // parts; more than there are: parts + 1
+  if (thread < batch) {
+    const int64_t items =
+        costs.items >= 0 ? costs.items : costs.config.items(costs.view.q_tokens(thread));
+    const uint32_t pieces = schedule::split_pieces(blocks_of(thread), share);
+    of_request = items > parts || pieces > parts ? parts + 1 : min(static_cast<uint32_t>(items) * pieces, parts + 1);
+  }
+  const Scanned<uint32_t> ends = block_scan(of_request, Add{}, reinterpret_cast<uint32_t*>(s.warp_slots[0]));
+  if (ends.total > parts) return false;
+  int32_t* const s_end = s.begin;  // s_end[r + 1]: of request r, in parts
+  if (thread == 0) s_end[0] = 0;
+  if (thread < batch) s_end[thread + 1] = static_cast<int32_t>(ends.inclusive);
+  __syncthreads();
+  const int32_t request = request_at<int32_t>(s_end, batch, thread);
+  at = {batch, 0, 0, 0};
+  if (request < batch) {
+    const uint32_t n = blocks_of(request);
+    at = schedule::split_boundary(request, thread - s_end[request], static_cast<int32_t>(n),
+                                  static_cast<int32_t>(schedule::split_pieces(n, share)));
+  }
+  return true;
+}
+
 // few_begin: where this thread's part begins if there are no more requests than parts and none is cut.
 template <class Cost>
 __device__ __forceinline__ void set_boundaries(const Costs<Cost>& costs, bool may_be_whole, Cost limit,
@@ -145,6 +176,14 @@ __device__ __forceinline__ void set_boundaries(const Costs<Cost>& costs, bool ma
         begin = packed_begin(costs, limit, part, s);
         is_whole = __syncthreads_and(part != config.parts - 1 || costs.total - costs.before(begin) <= limit) != 0;
       }
+    }
+  }
+  schedule::Boundary at;
+  if (!is_whole && config.splits_evenly && config.chunk_blocks == 0 && batch <= config.parts) {
+    const Cost share = schedule::even_share(config, costs.total);
+    if (share <= INT32_MAX && split_evenly(costs, static_cast<uint32_t>(share), s, at)) {
+      if (is_part) costs.view.boundary()[part] = at;
+      return;
     }
   }
   if (!is_part) return;

@@ -11,16 +11,16 @@ const void* merge_kernel_handle() { return reinterpret_cast<const void*>(&merge_
 namespace {
 
 template <DType kDType>
-const void* combine_handle(bool shares_tiles) {
-  return shares_tiles ? reinterpret_cast<const void*>(&combine_kernel<kDType, 1>)
+const void* combine_handle(int32_t tiles_of_warp) {
+  return tiles_of_warp == 1 ? reinterpret_cast<const void*>(&combine_kernel<kDType, 1>)
                       : reinterpret_cast<const void*>(&combine_kernel<kDType, kCombineTiles>);
 }
 
 }  // namespace
 
-const void* combine_kernel_handle(DType dtype, bool shares_tiles) {
-  return dtype == DType::kFp16 ? combine_handle<DType::kFp16>(shares_tiles)
-                               : combine_handle<DType::kBf16>(shares_tiles);
+const void* combine_kernel_handle(DType dtype, int32_t tiles_of_warp) {
+  return dtype == DType::kFp16 ? combine_handle<DType::kFp16>(tiles_of_warp)
+                               : combine_handle<DType::kBf16>(tiles_of_warp);
 }
 
 }  // namespace mla::cuda::sm90

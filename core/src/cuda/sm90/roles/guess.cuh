@@ -15,10 +15,10 @@ __device__ __forceinline__ void guess_work(const DecodeParams& p, int tile, int 
     const int4 b = __ldcg(reinterpret_cast<const int4*>(view.boundary() + i));
     return schedule::Boundary{b.x, b.y, b.z, b.w};
   };
-  guess.request = -1;
-  if (__ldcg(&view.header()->magic) != schedule::kMagic) return;
+  const uint32_t magic = __ldcg(&view.header()->magic);
   const schedule::Boundary at = boundary(part), end = boundary(part + 1);
-  if (at.request < 0 || at.request >= p.batch || at.item < 0 || at.block < 0) return;
+  guess.request = -1;
+  if (magic != schedule::kMagic || at.request < 0 || at.request >= p.batch || at.item < 0 || at.block < 0) return;
   const int32_t len = __ldcg(view.len() + at.request), q_begin = __ldcg(view.q_begin() + at.request),
                 q_tokens = __ldcg(view.q_begin() + at.request + 1) - q_begin;
   const int32_t n = p.config.blocks(len);
