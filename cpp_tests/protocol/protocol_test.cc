@@ -77,8 +77,9 @@ class Cta {
  public:
   Cta(const std::vector<Piece>& pieces, int ring_slots, int most_in_flight, Guess guess)
       : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1), most_in_flight_(most_in_flight) {
-    add_planner(static_cast<int>(pieces.size()));
-    add_loader(pieces, guess);
+    const bool is_right = guess.is_made && guess.wrong_slots == 0 && !pieces.empty();
+    add_planner(static_cast<int>(pieces.size()), is_right);
+    add_loader(pieces, guess, is_right);
     for (int warp = 0; warp < sm90::kScoreWarps; ++warp) add_score_warp(pieces);
     for (int warp = 0; warp < sm90::kOutputWarps; ++warp) add_output_warp(pieces);
   }
@@ -99,47 +100,49 @@ class Cta {
     r.act([this, n] { CHECK(slot_content_[static_cast<size_t>(n) % slot_content_.size()] == n); });
   }
 
-  void add_planner(int pieces) {
+  void add_planner(int pieces, bool is_right) {
     Role r{"planner", {}};
     for (int i = 0; i <= pieces; ++i) {  // the last one says that there are no more
+      if (i == 0) wait_full(r, Barrier::kGuessJudged, 0);
+      if (i == 0 && is_right) continue;
       wait_empty(r, Barrier::kWorkEmpty, i);
-      arrive(r, i == 0 ? Barrier::kFirstWork : Barrier::kWorkFull, i);
+      arrive(r, Barrier::kWorkFull, i);
     }
     roles_.push_back(std::move(r));
   }
 
-  void confirm(Role& r, int wrong_slots) {
-    wait_full(r, Barrier::kFirstWork, 0);
+  void judge(Role& r, bool is_right, int wrong_slots) {
     for (int n = 0; n < wrong_slots; ++n) {
       wait_full(r, Barrier::kSlotFull, n);
       arrive(r, Barrier::kSlotFull, n);
     }
-    arrive(r, Barrier::kWorkFull, 0);
+    arrive(r, Barrier::kGuessJudged, 0);
+    if (is_right) arrive(r, Barrier::kWorkFull, 0);
   }
 
-  void add_loader(const std::vector<Piece>& pieces, Guess guess) {
+  void add_loader(const std::vector<Piece>& pieces, Guess guess, bool is_right) {
     Role r{"loader", {}};
-    const bool is_right = guess.is_made && guess.wrong_slots == 0 && !pieces.empty();
-    const int wrong_slots = guess.is_made ? std::min(guess.wrong_slots, most_in_flight_) : 0;
+    const int wrong_slots = guess.is_made ? guess.wrong_slots : 0;
     for (int n = 0; n < wrong_slots; ++n) r.act([this] { ++issued_; });
     add_wrong_copies(wrong_slots);
-    if (!is_right) confirm(r, wrong_slots);
+    if (!is_right) judge(r, false, wrong_slots);
     int slot = 0;
     for (size_t i = 0; i < pieces.size(); ++i) {
       bool is_guess = i == 0 && is_right;
       if (!is_guess) wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
       const int slots = pieces[i].q_slots + pieces[i].key_slots;
-      for (int k = 0; k <= slots; ++k) {
-        if (is_guess && (k == most_in_flight_ || k == slots)) {
-          confirm(r, 0);
+      for (int k = 0; k < slots; ++k) {
+        if (is_guess && k > pieces[i].q_slots) {  // behind the first keys
+          judge(r, true, 0);
           is_guess = false;
         }
-        if (k == slots) break;
-        if (slot >= most_in_flight_) wait_full(r, Barrier::kSlotFull, slot - most_in_flight_);
+        const bool is_limited = !is_guess && (k == 0 || k >= pieces[i].q_slots);  // the slots of Q are asked for together
+        if (is_limited && slot >= most_in_flight_) wait_full(r, Barrier::kSlotFull, slot - most_in_flight_);
         wait_empty(r, Barrier::kSlotEmpty, slot);
         r.act([this] { ++issued_; });
         ++slot;
       }
+      if (is_guess) judge(r, true, 0);
       arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
     }
     roles_.push_back(std::move(r));
@@ -246,9 +249,8 @@ TEST_CASE("every order of the roles comes to an end") {
     std::vector<Piece> pieces(random() % 7);
     for (Piece& piece : pieces) piece = {1 + static_cast<int>(random() % 2), static_cast<int>(random() % 18)};
     for (const int ring_slots : {5, 6}) {
-      // Of the slots of Q none waits for another one to land, or a guess would not come to its end.
-      const int most_in_flight = 2 + static_cast<int>(random() % static_cast<unsigned>(ring_slots - 1));
-      const Guess guess{random() % 3 > 0, random() % 2 > 0 ? 1 + static_cast<int>(random() % 5) : 0};
+      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(ring_slots));
+      const Guess guess{random() % 3 > 0, random() % 2 > 0 ? 2 + static_cast<int>(random() % 2) : 0};
       Cta shuffled(pieces, ring_slots, most_in_flight, guess);
       play(shuffled, [&](size_t n) { return random() % n; });
       // The first role as far as it gets, then the next: the loader far ahead; and the other way round: everyone waiting for it.

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
   } else if (warpgroup == 3) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
     if (ctx.warp == 0) {
-      Loader<kCfg>{p, ctx}.run_all(tile, blockIdx.y);
+      Loader<kCfg>{p, ctx}.run_all();
     } else if (ctx.warp == 1 && ctx.lane == 0) {
       run_planner(p, ctx, tile, blockIdx.y);
     }

@@ -21,7 +21,7 @@ enum class Barrier : uint32_t {
   kScaleEmpty,
   kWorkFull,
   kWorkEmpty,
-  kFirstWork,
+  kGuessJudged,
   kCount
 };
 
@@ -36,7 +36,7 @@ struct BarrierSpec {
 };
 
 // Slot: 32 keys, or 32 rows of Q. P: weights of one 32-key slot. Scale: what each row of the result is multiplied with. Work: one piece; the
-// first one goes from the planner through the loader, which may have guessed it (roles/loader.cuh).
+// first may be guessed by the loader (roles/loader.cuh).
 inline constexpr BarrierSpec kBarriers[] = {
     {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the slot's bytes)",
      "scores, outputs, loader"},
@@ -46,10 +46,10 @@ inline constexpr BarrierSpec kBarriers[] = {
     {Barrier::kPEmpty, "p_empty", kPStages, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kScaleFull, "scale_full", 1, kScaleWriters, false, "each score thread that wrote scales", "outputs"},
     {Barrier::kScaleEmpty, "scale_empty", 1, kOutputWarps, true, "each output warp", "scores"},
-    {Barrier::kWorkFull, "work_full", kWorkStages, 1, false, "planner; of the first: loader", "loader, scores, outputs"},
+    {Barrier::kWorkFull, "work_full", kWorkStages, 1, false, "planner; of a right guess: loader", "loader, scores, outputs"},
     {Barrier::kWorkEmpty, "work_empty", kWorkStages, 1 + kScoreWarps + kOutputWarps, true,
      "loader, each score warp, each output warp", "planner"},
-    {Barrier::kFirstWork, "first_work", 1, 1, false, "planner", "loader"},
+    {Barrier::kGuessJudged, "guess_judged", 1, 1, false, "loader", "planner"},
 };
 
 consteval int first_barrier(Barrier id) {

@@ -1,8 +1,6 @@
 // Shared memory of the dense decode kernel: the tiles' places, and the small things behind them.
 #pragma once
 
-#include <cstddef>
-
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/protocol.h"
 #include "layout/smem_plan.h"
@@ -20,7 +18,6 @@ struct Work {
   int32_t kv_head;
   int32_t slot;  // of the partial result; or one of the two below
 };
-inline constexpr int kLoaderWords = offsetof(Work, slot) / sizeof(int32_t);  // all that a loader needs to know
 
 // Slots of the ring that Q takes: the second holds rows 32 to 63.
 MLA_HD constexpr int q_slots(int32_t rows_of_tile) { return rows_of_tile > layout::kSlotRows ? 2 : 1; }
@@ -28,10 +25,16 @@ MLA_HD constexpr int q_slots(int32_t rows_of_tile) { return rows_of_tile > layou
 inline constexpr int32_t kWholeItem = -1;  // the result is final
 inline constexpr int32_t kDropped = -2;  // no room in scratch (more tokens than the plan's maximum): combine writes NaN
 
+// What a guess of the first piece was made from, see roles/guess.cuh.
+enum GuessWord { kMagicWord = 8, kLenWord, kQBeginWord, kSlotWord = kQBeginWord + 2, kGuessWords = kSlotWord + 2 };
+static_assert(kMagicWord == 2 * sizeof(schedule::Boundary) / sizeof(int32_t));
+
 struct Control {
   uint64_t barriers[kBarrierCount];
   Work work[kWorkStages];
-  Work guess;                                   // the loader's
+  alignas(schedule::Boundary) int32_t guess[kGuessWords];
+  int32_t guessed_page[32];                     // of each lane
+  uint32_t is_guess_right;                      // work[0] is the loader's
   schedule::Boundary part_end;                  // the planner's
   float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is

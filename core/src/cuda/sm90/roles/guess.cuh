@@ -1,4 +1,9 @@
-// The first piece of a part, before the kernels that the schedule comes from are known to have ended.
+// The first piece of a part, before the kernel that the schedule comes from is known to have ended.
+//
+// A piece follows from a few words of the schedule. A warp reads one a lane, and once the wait for the kernels before is over again: if none of
+// them is another, so is the piece, and that was one load from the second-level cache instead of two that depend on each other. In between
+// the words may be old or half written, so a guess has to be harmless: what the loader relies on is checked. Nothing is read through the
+// first-level cache, where what is old would stay.
 #pragma once
 
 #include "cuda/sm90/roles/role.cuh"
@@ -6,34 +11,54 @@
 
 namespace mla::cuda::sm90 {
 
-// The part's first Work (but for its slot) as the schedule says now; request < 0: none that could be one. What is read may be old or half
-// written, so it is checked here for what the loader relies on, and by the loader against the planner's before anybody computes with it.
-// It is read from the second-level cache: nothing old stays in the first.
-__device__ __forceinline__ void guess_work(const DecodeParams& p, int tile, int part, Work& guess) {
-  const schedule::ConstView view(p.schedule, p.layout);
-  const auto boundary = [&](int i) {
-    const int4 b = __ldcg(reinterpret_cast<const int4*>(view.boundary() + i));
-    return schedule::Boundary{b.x, b.y, b.z, b.w};
-  };
-  const uint32_t magic = __ldcg(&view.header()->magic);
-  const schedule::Boundary at = boundary(part), end = boundary(part + 1);
-  guess.request = -1;
-  if (magic != schedule::kMagic || at.request < 0 || at.request >= p.batch || at.item < 0 || at.block < 0) return;
-  const int32_t len = __ldcg(view.len() + at.request), q_begin = __ldcg(view.q_begin() + at.request),
-                q_tokens = __ldcg(view.q_begin() + at.request + 1) - q_begin;
-  const int32_t n = p.config.blocks(len);
-  const schedule::Piece piece = schedule::piece_at(p.config, part, at, end, n, 0);
-  if (len <= 0 || piece.begin_block >= piece.end_block || piece.end_block > n) return;
-  const int32_t row_group = p.kv_heads.quotient(piece.item);
-  guess.begin_block = piece.begin_block;
-  guess.end_block = piece.end_block;
-  guess.len_tokens = len;
-  guess.q_tokens = q_tokens;
-  guess.q_begin = q_begin;
-  guess.first_row = row_group * p.config.item_rows + tile * kTileRows;
-  guess.kv_head = p.kv_heads.remainder(piece.item, row_group);
-  if (guess.first_row < 0 || q_tokens < 0 || tile_rows(p.config, guess) <= 0) return;
-  guess.request = at.request;
-}
+struct Guess {
+  const DecodeParams& p;
+  const RoleContext& ctx;
+
+  // This lane's word: of the boundaries the first two that are the part's, then the magic number; then of a request its length, its query
+  // tokens' begin and end, and its first slot.
+  __device__ __forceinline__ int32_t read(int32_t request) const {
+    const schedule::Layout& at = p.layout;
+    const int lane = ctx.lane;
+    const size_t offset =
+        lane < kMagicWord    ? at.boundary_offset() + sizeof(schedule::Boundary) * blockIdx.y + 4 * lane
+        : lane == kMagicWord ? offsetof(schedule::Header, magic)
+        : lane == kLenWord   ? at.len_offset() + 4 * static_cast<size_t>(request)
+        : lane < kSlotWord   ? at.q_begin_offset() + 4 * static_cast<size_t>(request + lane - kQBeginWord)
+                             : at.slot_prefix_offset() + 8 * static_cast<size_t>(request) + 4 * (lane - kSlotWord);
+    return __ldcg(reinterpret_cast<const int32_t*>(p.schedule + offset));
+  }
+
+  // The part's first Work; false: there is none that could be one. The whole warp calls this.
+  __device__ __forceinline__ bool make() const {
+    int32_t(&words)[kGuessWords] = ctx.control->guess;
+    Work& work = ctx.control->work[0];
+    const int lane = ctx.lane;
+    if (lane <= kMagicWord) words[lane] = read(0);
+    __syncwarp();
+    const schedule::Boundary &at = reinterpret_cast<const schedule::Boundary*>(words)[0],
+                             &end = reinterpret_cast<const schedule::Boundary*>(words)[1];
+    if (words[kMagicWord] != static_cast<int32_t>(schedule::kMagic) || at.request < 0 || at.request >= p.batch ||
+        at.item < 0 || at.block < 0)
+      return false;
+    if (lane > kMagicWord && lane < kGuessWords) words[lane] = read(at.request);
+    __syncwarp();
+    const int32_t len = words[kLenWord], q_begin = words[kQBeginWord], q_tokens = words[kQBeginWord + 1] - q_begin;
+    const int32_t n = p.config.blocks(len);
+    const int64_t slot_prefix = static_cast<uint32_t>(words[kSlotWord]) | int64_t{words[kSlotWord + 1]} << 32;
+    const schedule::Piece piece = schedule::piece_at(p.config, blockIdx.y, at, end, n, slot_prefix);
+    if (len <= 0 || piece.begin_block >= piece.end_block || piece.end_block > n || q_tokens < 0) return false;
+    if (lane == 0) write_work(p, piece, blockIdx.x, len, q_begin, q_tokens, work);
+    __syncwarp();
+    const int32_t rows = tile_rows(p.config, work);
+    return work.first_row >= 0 && 0 < rows && rows <= kTileRows;
+  }
+
+  // Whether what make read is what holds.
+  __device__ __forceinline__ bool is_right() const {
+    const Control& c = *ctx.control;
+    return __all_sync(ptx::kWholeWarp, ctx.lane >= kGuessWords || read(c.work[0].request) == c.guess[ctx.lane]);
+  }
+};
 
 }  // namespace mla::cuda::sm90

@@ -12,6 +12,23 @@ __device__ __forceinline__ int32_t tile_rows(const schedule::Config& config, con
   return min(work.q_tokens * config.heads_per_kv_head - work.first_row, kTileRows);
 }
 
+// A piece as the CTAs of a row tile see it. The fields are written one by one: those who do this have few registers.
+__device__ __forceinline__ void write_work(const DecodeParams& p, const schedule::Piece& piece, int tile, int32_t len,
+                                           int32_t q_begin, int32_t q_tokens, Work& work) {
+  const int32_t row_group = p.kv_heads.quotient(piece.item);
+  work.request = piece.request;
+  work.begin_block = piece.begin_block;
+  work.end_block = piece.end_block;
+  work.len_tokens = len;
+  work.q_tokens = q_tokens;
+  work.q_begin = q_begin;
+  work.first_row = row_group * p.config.item_rows + tile * kTileRows;
+  work.kv_head = p.kv_heads.remainder(piece.item, row_group);
+  work.slot = piece.slot < 0                ? kWholeItem
+              : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot)
+                                            : kDropped;
+}
+
 using WorkCursor = Cursor<kWorkStages>;
 using PCursor = Cursor<kPStages>;
 
