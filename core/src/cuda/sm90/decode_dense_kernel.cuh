@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
       ptx::shared_address(shared), ptx::shared_address(control->barriers), control, thread / 32, thread % 32, thread};
   const int tile = blockIdx.x;
   if (threadIdx.x == 0) init_barriers(ctx.barriers);
+  if (threadIdx.x / 32 == 4) control->zeros[ctx.lane] = 0;
   if (threadIdx.x == kThreads - 1) {
     ptx::prefetch_tensor_map(&p.q_latent);
     ptx::prefetch_tensor_map(&p.kv_latent);

@@ -33,14 +33,13 @@ struct Control {
   uint64_t barriers[kBarrierCount];
   Work work[kWorkStages];
   alignas(schedule::Boundary) int32_t guess[kGuessWords];
-  int32_t guessed_page[32];                     // of each lane
   uint32_t is_guess_right;                      // work[0] is the loader's
   schedule::Boundary part_end;                  // the planner's
   float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
   float factor[kTileRows];                      // row_factor: what O is multiplied with at the end
-  // Where the rows of a whole item begin in out. Scores are never two items ahead of the outputs: they share one `factor`.
-  int64_t out_row[2][kTileRows];
+  int64_t out_row[2][kTileRows];                // each output warpgroup's: where the rows of a whole item begin in out
+  alignas(layout::kSwizzleRowBytes) uint32_t zeros[layout::kSwizzleRowBytes / sizeof(uint32_t)];
 };
 
 template <DecodeConfig kCfg>

@@ -6,10 +6,13 @@
 // first-level cache, where what is old would stay.
 #pragma once
 
+#include "cuda/sm90/roles/pages.cuh"
 #include "cuda/sm90/roles/role.cuh"
 #include "schedule/walk.h"
 
 namespace mla::cuda::sm90 {
+
+inline constexpr int32_t kMostBlocks = 1 << 25;  // so that their tokens can be counted
 
 struct Guess {
   const DecodeParams& p;
@@ -29,8 +32,9 @@ struct Guess {
     return __ldcg(reinterpret_cast<const int32_t*>(p.schedule + offset));
   }
 
-  // The part's first Work; false: there is none that could be one. The whole warp calls this.
-  __device__ __forceinline__ bool make() const {
+  // The part's first Work, into work[0], and this lane's page of its first window; false: there is no piece that could be it. The whole warp
+  // calls this.
+  __device__ __forceinline__ bool make(int32_t& page) const {
     int32_t(&words)[kGuessWords] = ctx.control->guess;
     Work& work = ctx.control->work[0];
     const int lane = ctx.lane;
@@ -39,9 +43,11 @@ struct Guess {
     const schedule::Boundary &at = reinterpret_cast<const schedule::Boundary*>(words)[0],
                              &end = reinterpret_cast<const schedule::Boundary*>(words)[1];
     if (words[kMagicWord] != static_cast<int32_t>(schedule::kMagic) || at.request < 0 || at.request >= p.batch ||
-        at.item < 0 || at.block < 0)
+        at.item < 0 || at.block < 0 || at.block > kMostBlocks)
       return false;
-    if (lane > kMagicWord && lane < kGuessWords) words[lane] = read(at.request);
+    const int32_t word = lane > kMagicWord && lane < kGuessWords ? read(at.request) : 0;
+    page = page_at(p, at.request, first_token(p, at.block, lane));  // under way together with the words
+    if (lane > kMagicWord && lane < kGuessWords) words[lane] = word;
     __syncwarp();
     const int32_t len = words[kLenWord], q_begin = words[kQBeginWord], q_tokens = words[kQBeginWord + 1] - q_begin;
     const int32_t n = p.config.blocks(len);
@@ -50,14 +56,22 @@ struct Guess {
     if (len <= 0 || piece.begin_block >= piece.end_block || piece.end_block > n || q_tokens < 0) return false;
     if (lane == 0) write_work(p, piece, blockIdx.x, len, q_begin, q_tokens, work);
     __syncwarp();
+    if (first_token(p, at.block, lane) >= len) page = -1;
     const int32_t rows = tile_rows(p.config, work);
     return work.first_row >= 0 && 0 < rows && rows <= kTileRows;
   }
 
-  // Whether what make read is what holds.
-  __device__ __forceinline__ bool is_right() const {
-    const Control& c = *ctx.control;
-    return __all_sync(ptx::kWholeWarp, ctx.lane >= kGuessWords || read(c.work[0].request) == c.guess[ctx.lane]);
+  // Reads again what make read. The answer is asked for later, so that it can be waited for beside other things.
+  struct Again {
+    int32_t word, page;
+  };
+  __device__ __forceinline__ Again read_again() const {
+    const Work& work = ctx.control->work[0];
+    return {ctx.lane < kGuessWords ? read(work.request) : 0, first_page_of(p, work, ctx.lane)};
+  }
+  __device__ __forceinline__ bool is_right(const Again& now, int32_t page) const {
+    return __all_sync(ptx::kWholeWarp,
+                      now.page == page && (ctx.lane >= kGuessWords || now.word == ctx.control->guess[ctx.lane]));
   }
 };
 

@@ -10,6 +10,7 @@
 #include "cuda/sm90/ptx/mbarrier.cuh"
 #include "cuda/sm90/ptx/pdl.cuh"
 #include "cuda/sm90/roles/guess.cuh"
+#include "cuda/sm90/roles/pages.cuh"
 #include "cuda/sm90/roles/role.cuh"
 #include "cuda/sm90/tile/load_rows.cuh"
 
@@ -47,15 +48,18 @@ struct Loader {
     ring.advance();
   }
 
+  // waits: for the kernels before, which wrote Q, as late as can be.
+  template <bool kWaits>
   __device__ __forceinline__ void load_q(const Work& work) {
     const int32_t heads = p.config.heads_per_kv_head;
     const int32_t rows = tile_rows(p.config, work);
-    limit_flight();  // of one slot more, where Q takes two: the keys wait for it
+    if constexpr (!kWaits) limit_flight();  // where Q takes two slots it is one more: the keys wait for that
 #pragma unroll 1
     for (int half = 0; half < q_slots(rows); ++half) {
       const int32_t first = half * layout::kSlotRows;
       const int32_t row = first + ctx.lane * p.q_run;  // of this lane's run, in the tile
       begin_slot(min(rows - first, layout::kSlotRows) * kCfg.groups() * layout::kSwizzleRowBytes);
+      if constexpr (kWaits) ptx::griddepcontrol_wait();
       if (row < rows && ctx.lane * p.q_run < layout::kSlotRows) {
         const int32_t at = work.first_row + row;
         const int32_t token = p.heads_per_kv_head.quotient(at), head = p.heads_per_kv_head.remainder(at, token);
@@ -65,18 +69,6 @@ struct Loader {
       }
       end_slot();
     }
-  }
-
-  // The page that holds a token; -1 (reads as zeros) past the request's end and past the table.
-  __device__ __forceinline__ int32_t page_of(const Work& work, int32_t token) const {
-    const int32_t index = p.page_size.quotient(token);
-    return token < work.len_tokens && index < p.block_table.width
-               ? __ldcg(p.block_table.data + work.request * p.block_table.row_stride + index)
-               : -1;
-  }
-  // The one of this lane in the first window of the piece.
-  __device__ __forceinline__ int32_t first_page_of(const Work& work) const {
-    return page_of(work, work.begin_block * kBlockTokens + ctx.lane * p.kv_run);
   }
 
   // token: of this lane's run.
@@ -94,7 +86,7 @@ struct Loader {
     int32_t token = work.begin_block * kBlockTokens + (first_run + ctx.lane) * run;
     while (token - ctx.lane * run < work.end_block * kBlockTokens) {
       const int32_t page = next_page;
-      next_page = page_of(work, token + (32 - first_run) * run);
+      next_page = page_of(p, work, token + (32 - first_run) * run);
 #pragma unroll 1
       for (; first_run < 32 && token - ctx.lane * run < work.end_block * kBlockTokens;
            first_run += layout::kSlotRows / run) {
@@ -111,19 +103,21 @@ struct Loader {
   __device__ __forceinline__ bool load_guess() {
     const Guess guess{p, ctx};
     const Work& work = ctx.control->work[0];
-    bool is_right = guess.make();
-    const int32_t page = is_right ? first_page_of(work) : -1;
-    ptx::griddepcontrol_wait();
+    int32_t page;
+    bool is_right = guess.make(page);
     if (is_right) {
-      load_q(work);
-      load_slot(work, work.begin_block * kBlockTokens + ctx.lane * p.kv_run, page);
-      is_right = __all_sync(ptx::kWholeWarp, first_page_of(work) == page) && guess.is_right();
+      load_q<true>(work);
+      const Guess::Again now = guess.read_again();
+      load_slot(work, first_token(p, work.begin_block, ctx.lane), page);
+      is_right = guess.is_right(now, page);
       for (; !is_right && in_flight > 0; --in_flight, landing.advance()) {
         wait_full<Barrier::kSlotFull>(ctx.barriers, landing);
         __syncwarp();
         if (ctx.lane == 0) arrive<Barrier::kSlotFull>(ctx.barriers, landing.stage());  // another phase: as at the start
       }
       if (!is_right) ring = landing = {};
+    } else {
+      ptx::griddepcontrol_wait();
     }
     if (ctx.lane == 0) {
       ctx.control->is_guess_right = is_right;
@@ -139,8 +133,8 @@ struct Loader {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
-      const int32_t first_page = first_page_of(work);  // in flight while Q is issued
-      if (!is_begun) load_q(work);
+      const int32_t first_page = first_page_of(p, work, ctx.lane);  // in flight while Q is issued
+      if (!is_begun) load_q<false>(work);
       load_keys(work, first_page, is_begun ? layout::kSlotRows / p.kv_run : 0);
       is_begun = false;
       __syncwarp();

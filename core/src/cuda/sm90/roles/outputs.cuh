@@ -78,11 +78,22 @@ struct Outputs {
     p_at.advance();
   }
 
+  // Where this warp will store the rows of a whole item, worked out while its first loads are under way.
+  __device__ __forceinline__ void locate_rows(const Work& work) const {
+    const int row = ctx.warp * 16 + ctx.lane;
+    if (work.slot == kWholeItem && ctx.lane < 16 && row < tile_rows(p.config, work)) {
+      ctx.control->out_row[half][row] =
+          row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, work.first_row + row);
+    }
+    __syncwarp();
+  }
+
   __device__ __forceinline__ void run_all(int tile) {
     for (WorkCursor at;; at.advance()) {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
+      locate_rows(work);
       OutputFragment o;
       ring.advance();  // over the slots of Q
       if (q_slots(tile_rows(p.config, work)) == 2) ring.advance();
@@ -92,7 +103,7 @@ struct Outputs {
       wait_full<Barrier::kScaleFull>(ctx.barriers, scale_at(at));
       if (work.slot != kDropped)
         store_output<kCfg.dtype>(o, p.result, work, tile_rows(p.config, work), ctx.control->factor,
-                                 ctx.control->out_row[at.value % 2], tile, half, ctx.thread);
+                                 ctx.control->out_row[half], tile, half, ctx.thread);
       __syncwarp();
       if (ctx.lane == 0) {
         arrive<Barrier::kScaleEmpty>(ctx.barriers, 0);

@@ -51,8 +51,8 @@ struct Scores {
     if (ctx.warp >= 2 && q_slots(rows) == 2) mine.advance();
     wait_full<Barrier::kSlotFull>(ctx.barriers, mine);
     ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);  // no warp reads the previous Q any more
-    take_q<kCfg>(ctx.shared + smem_plan<kCfg>().slot(mine.stage()), ctx.shared + smem_plan<kCfg>().q(), p.q_run, rows,
-                 ctx.warp, ctx.lane, r_q);
+    take_q<kCfg>(ctx.shared + smem_plan<kCfg>().slot(mine.stage()), ptx::shared_address(ctx.control->zeros),
+                 ctx.shared + smem_plan<kCfg>().q(), p.q_run, rows, ctx.warp, ctx.lane, r_q);
     ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);
     for (int half = 0; half < q_slots(rows); ++half) {
       if (ctx.lane == 0) {
@@ -138,13 +138,6 @@ struct Scores {
     hand_over_p();
   }
 
-  // Where the outputs will store a whole item, worked out while its first loads are under way.
-  __device__ __forceinline__ void locate_rows(const Work& work, WorkCursor at) const {
-    if (work.slot != kWholeItem || ctx.thread >= tile_rows(p.config, work)) return;
-    ctx.control->out_row[at.value % 2][ctx.thread] =
-        row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, work.first_row + ctx.thread);
-  }
-
   __device__ __forceinline__ void finish(const Work& work, WorkCursor at, int tile) {
     wait_empty<Barrier::kScaleEmpty>(ctx.barriers, scale_at(at));
     const int32_t rows = tile_rows(p.config, work);
@@ -174,7 +167,6 @@ struct Scores {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
-      locate_rows(work, at);
       take_q_slots(tile_rows(p.config, work));
       state = {};
       if (work.begin_block < work.end_block) run_slots(work);

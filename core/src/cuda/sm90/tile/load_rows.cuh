@@ -43,8 +43,9 @@ __device__ __forceinline__ void load_query_rows(uint32_t slot, uint32_t barrier,
 
 // The 128-byte line of a slot that holds a column group of a row of Q.
 MLA_HD constexpr uint32_t query_line(int run, uint32_t row, uint32_t group) {
-  const uint32_t r = static_cast<uint32_t>(run);
-  return group < kLatentGroups ? row / r * r * kLatentGroups + group * r + row % r
+  const uint32_t r = static_cast<uint32_t>(run);  // a power of two: run_rows
+  const uint32_t in_run = row & (r - 1);
+  return group < kLatentGroups ? (row - in_run) * kLatentGroups + group * r + in_run
                                : kRopeOffset / layout::kSwizzleRowBytes + row;
 }
 
