@@ -241,6 +241,8 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.heads_per_kv_head = layout::Divider::by(p.heads_per_kv_head());
   params.kv_heads = layout::Divider::by(p.kv_heads);
   params.most_in_flight = state.shape.tiles > 1 ? 3 : 2;
+  params.prefetched_slots = 4;
+  params.prefetched_slots_if_cut = state.shape.tiles > 1 ? 0 : 2;
   params.kv_run = layout::run_rows(p.page_size);
   params.q_run = layout::run_rows(p.heads_per_kv_head());
   params.scale_log2e = p.softmax_scale * math::kLog2e;

@@ -47,7 +47,7 @@ inline bool keep_whole_even(const Config& c, const View& view, int32_t batch, in
     while (request < batch && prefix[request + 1] <= position) ++request;
     int32_t begin = request;
     if (batch <= c.parts)
-      begin = static_cast<int32_t>(part_position(p, c.parts, batch));
+      begin = p < batch ? p : batch;
     else if (request < batch)
       begin = nearest_edge(request, prefix[request], prefix[request + 1], position);
     if (p > 0 && prefix[begin] - prefix[before] > limit) return false;

@@ -2,7 +2,7 @@
 //
 // A cut costs what the line of partition.h does not show: another piece to start, partial results, and joining them. So requests stay
 // whole if no part costs more than whole_limit then. Two ways are tried, the first that fits is taken:
-//   even    No more requests than parts: at most one a part. Else part p begins at the edge nearest to its position on the line: as even
+//   even    No more requests than parts: one each for the first parts (on a device the last ones start last). Else part p begins at the edge nearest to its position on the line: as even
 //           as edges allow, where a part has many requests.
 //   packed  Each part takes requests in order while they fit under the limit: finds a way if there is one. Only up to kMostPacked
 //           requests, so that a kernel holds them in shared memory; of more, a part has several, and most are whole in any case.

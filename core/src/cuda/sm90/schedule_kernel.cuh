@@ -152,15 +152,14 @@ __device__ __forceinline__ bool split_evenly(const Costs<Cost>& costs, uint32_t 
   return true;
 }
 
-// few_begin: where this thread's part begins if there are no more requests than parts and none is cut.
 template <class Cost>
 __device__ __forceinline__ void set_boundaries(const Costs<Cost>& costs, bool may_be_whole, Cost limit,
-                                               int32_t few_begin, ScheduleShared& s) {
+                                               ScheduleShared& s) {
   const schedule::Config& config = costs.config;
   const int32_t part = threadIdx.x, batch = costs.batch;
   const bool is_part = part < config.parts;
   bool is_whole = may_be_whole && batch <= config.parts;
-  int32_t begin = few_begin, request = batch;
+  int32_t begin = min(part, batch), request = batch;  // begin: where the part begins if no request is cut
   Cost position = 0, before = 0;
   if (!is_whole) {
     position = static_cast<Cost>(part) * costs.total / static_cast<Cost>(config.parts);
@@ -204,8 +203,7 @@ __device__ __forceinline__ void make_schedule(const ScheduleParams& p, const sch
   schedule::Config config = p.config;
   config.block_tokens = kBlockTokens;  // as the compiler should know
   int64_t uniform_items = config.items(p.q_len);
-  int32_t few_begin = static_cast<int32_t>(schedule::part_position(thread, config.parts, p.batch));
-  asm volatile("" : "+l"(uniform_items), "+r"(few_begin));  // computed here, not behind the wait
+  asm volatile("" : "+l"(uniform_items));  // computed here, not behind the wait
   ptx::griddepcontrol_wait();
   // Decode may start now, and shall not guess by an old schedule. The thread is the one that writes the header.
   if (thread == kScheduleThreads - 1) view.header()->magic = 0;
@@ -276,7 +274,7 @@ __device__ __forceinline__ void make_schedule(const ScheduleParams& p, const sch
   const bool may_be_whole = __syncthreads_or(longest > limit) == 0 && config.chunk_blocks == 0;
   set_boundaries<Cost>({config, view, p.batch <= kPrefixInShared ? s_prefix : nullptr, view.cost_prefix(), s.len,
                         p.batch, cost, is_ragged ? -1 : uniform_items},
-                       may_be_whole, limit, few_begin, s);
+                       may_be_whole, limit, s);
 }
 
 __global__ void __launch_bounds__(kScheduleThreads, 4) schedule_kernel(const __grid_constant__ ScheduleParams p) {

@@ -21,6 +21,13 @@ __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// Brings the box into the second-level cache.
+__device__ __forceinline__ void tma_prefetch_5d(const CUtensorMap* map, const TmaCoordinates& at) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(at.c[0]),
+               "r"(at.c[1]), "r"(at.c[2]), "r"(at.c[3]), "r"(at.c[4])
+               : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

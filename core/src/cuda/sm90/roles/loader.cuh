@@ -99,13 +99,25 @@ struct Loader {
     }
   }
 
+  // Brings the first keys of a guessed piece into the second-level cache while the kernels before end: nobody reads them, so it does not matter
+  // what those kernels still write. Decode starts later after a call that cut items, because combine takes the multiprocessors, and brings less.
+  __device__ __forceinline__ void prefetch_keys(const Work& work, int32_t page) const {
+    const int32_t token = first_token(p, work.begin_block, ctx.lane);
+    const int slots = work.slot == kWholeItem ? p.prefetched_slots : p.prefetched_slots_if_cut;
+    if (p.kv_run != layout::kSlotRows || ctx.lane >= slots || token >= work.end_block * kBlockTokens) return;
+    const int32_t row = p.page_size.remainder(token, p.page_size.quotient(token));
+    ptx::tma_prefetch_5d(&p.kv_latent, {{0, row, 0, work.kv_head, page}});
+    if constexpr (kCfg.has_rope()) ptx::tma_prefetch_5d(&p.kv_rope, {{0, row, 0, work.kv_head, page}});
+  }
+
   // Asks for Q and the first keys of the first piece by a guess. Whether it was right; if not, the ring is as if nothing had been loaded.
-  __device__ __forceinline__ bool load_guess() {
+  // page: first_page_of a right guess.
+  __device__ __forceinline__ bool load_guess(int32_t& page) {
     const Guess guess{p, ctx};
     const Work& work = ctx.control->work[0];
-    int32_t page;
     bool is_right = guess.make(page);
     if (is_right) {
+      prefetch_keys(work, page);
       load_q<true>(work);
       const Guess::Again now = guess.read_again();
       load_slot(work, first_token(p, work.begin_block, ctx.lane), page);
@@ -128,13 +140,16 @@ struct Loader {
   }
 
   __device__ __forceinline__ void run_all() {
-    bool is_begun = load_guess();
+    int32_t first_page;
+    bool is_begun = load_guess(first_page);
     for (WorkCursor at;; at.advance()) {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) return;
-      const int32_t first_page = first_page_of(p, work, ctx.lane);  // in flight while Q is issued
-      if (!is_begun) load_q<false>(work);
+      if (!is_begun) {
+        first_page = first_page_of(p, work, ctx.lane);  // in flight while Q is issued
+        load_q<false>(work);
+      }
       load_keys(work, first_page, is_begun ? layout::kSlotRows / p.kv_run : 0);
       is_begun = false;
       __syncwarp();
