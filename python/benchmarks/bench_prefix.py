@@ -18,6 +18,10 @@ import torch
 import mlakit
 
 PAGE = 64
+# Most that a row may differ between both ways, relative to its length. Each way rounds its weights to bf16, by one unit roundoff
+# at most, but as parts of other blocks, so to other numbers. Over random keys these errors add up as the values themselves do,
+# and stay that part of the row; single elements of a row with one heavy key may be off by more than any fixed number.
+ROW_ERROR = 2 * 2.0**-8
 SCALE = 192**-0.5
 
 
@@ -49,7 +53,9 @@ def calls(device: str, requests: int, heads: int, prefix: int, own: int) -> dict
         ),
     }
     (plain, plain_lse), (got, got_lse) = (way() for way in ways.values())
-    torch.testing.assert_close(got, plain, atol=2e-3, rtol=0)  # weights are rounded to bf16, in other blocks
+    error = ((got - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
+    if not error <= ROW_ERROR:
+        raise RuntimeError(f"a row differs by {error:.2g} of its length (allowed {ROW_ERROR:.2g})")
     torch.testing.assert_close(got_lse, plain_lse, atol=1e-4, rtol=1e-5)
     return ways
 
