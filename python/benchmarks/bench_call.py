@@ -32,6 +32,7 @@ def main(chosen: str) -> None:
         "plan.decode(out=, lse=)": lambda: plan.decode(q, cache, table, schedule, out=out, lse=lse),
         "plan.decode()": lambda: plan.decode(q, cache, table, schedule),
         "plan.schedule()": lambda: plan.schedule(lengths),
+        "plan.schedule(buffer=)": lambda: plan.schedule(lengths, buffer=schedule.buffer),  # the same without an allocation
         "mla_decode(out=, lse=)": lambda: mlakit.mla_decode(q, cache, table, lengths, out=out, lse=lse),
         "mla_decode()": lambda: mlakit.mla_decode(q, cache, table, lengths),
     }
