@@ -1,0 +1,72 @@
+"""mlakit.bench.gpu: what it computes from lengths and from kernel times. The timing itself needs a GPU."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from mlakit.bench import gpu
+
+PROBLEM = "dense:bf16:b4:q1:h16:l8192"
+
+
+@pytest.mark.parametrize("text", [PROBLEM, PROBLEM + ":cuda0"])
+def test_a_problem_string_alone_means_full_lengths_on_the_gpu(text: str) -> None:
+    problem, lengths = gpu.parse(text)
+    assert lengths == [8192] * 4
+    assert problem.device.startswith("cuda")
+
+
+def test_varied_lengths_are_the_same_each_time_and_even() -> None:
+    text = "dense:bf16:b4096:q1:h16:l1000 varlen"
+    problem, lengths = gpu.parse(text)
+    assert gpu.parse(text)[1] == lengths
+    assert len(lengths) == problem.max_batch
+    assert 1 <= min(lengths) < 10
+    assert 990 < max(lengths) <= 1000
+    assert statistics.fmean(lengths) == pytest.approx(500, abs=20)
+
+
+def test_a_causal_query_token_always_sees_a_key() -> None:
+    _, lengths = gpu.parse("dense:bf16:b100:q4:h16:l5:causal varlen")
+    assert set(lengths) == {4, 5}
+
+
+@pytest.mark.parametrize("text", [PROBLEM + ":ragged", PROBLEM + "varlen", PROBLEM + " varied"])
+def test_nonsense_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="ragged|varlen|varied"):
+        gpu.parse(text)
+
+
+def test_flop_counts_the_keys_that_each_token_sees() -> None:
+    full, _ = gpu.parse("dense:bf16:b2:q3:h16:l100")
+    causal, _ = gpu.parse("dense:bf16:b2:q3:h16:l100:causal")
+    of_a_key = 2 * 16 * (576 + 512)
+    assert gpu.flop(full, [100, 100]) == of_a_key * 2 * 3 * 100
+    assert gpu.flop(full, [7, 100]) == of_a_key * 3 * 107
+    assert gpu.flop(causal, [7, 100]) == of_a_key * ((7 + 6 + 5) + (100 + 99 + 98))
+    assert gpu.flop(causal, [2]) == of_a_key * (2 + 1)  # the first token sees nothing
+
+
+def test_bytes_are_those_of_the_pages_that_hold_the_lengths() -> None:
+    problem, _ = gpu.parse(PROBLEM)
+    page = 64 * 576 * 2
+    assert gpu.cache_bytes(problem, [8192] * 4) == 4 * 128 * page
+    assert gpu.cache_bytes(problem, [1, 64, 65, 0]) == (1 + 1 + 2) * page
+
+
+def test_combine_is_timed_from_the_end_of_its_own_decode() -> None:
+    decode, combine = "void mlakit::sm90::decode_dense_kernel<1>(p)", "void mlakit::sm90::combine_kernel<1, 2>(p)"
+    calls = [
+        (decode, 0.0, 10.0),
+        (combine, 8.0, 12.0),
+        (decode, 11.0, 30.0),  # begins while combine of the call before still runs
+        (combine, 28.0, 33.0),
+        (decode, 32.0, 50.0),
+        (combine, 48.0, 57.0),
+        ("memset", 49.0, 49.5),
+    ]
+    assert gpu.combine_after_decode(reversed(calls)) == 3.0
+    assert gpu.combine_after_decode([call for call in calls if call[0] != combine]) is None
+    assert gpu.combine_after_decode([]) is None
