@@ -12,4 +12,6 @@ __global__ void copy_late_kernel(std::byte* to, const std::byte* from, size_t by
 
 }  // namespace
 
-void copy_late(std::byte* to, const std::byte* from, size_t bytes) { copy_late_kernel<<<1, kThreads>>>(to, from, bytes); }
+void copy_late(std::byte* to, const std::byte* from, size_t bytes) {
+  copy_late_kernel<<<1, kThreads>>>(to, from, bytes);
+}

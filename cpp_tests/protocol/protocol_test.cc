@@ -136,7 +136,8 @@ class Cta {
           judge(r, true, 0);
           is_guess = false;
         }
-        const bool is_limited = !is_guess && (k == 0 || k >= pieces[i].q_slots);  // the slots of Q are asked for together
+        const bool is_limited =
+            !is_guess && (k == 0 || k >= pieces[i].q_slots);  // the slots of Q are asked for together
         if (is_limited && slot >= most_in_flight_) wait_full(r, Barrier::kSlotFull, slot - most_in_flight_);
         wait_empty(r, Barrier::kSlotEmpty, slot);
         r.act([this] { ++issued_; });

@@ -101,7 +101,8 @@ Status make_plan(Plan& plan) {
   MLA_RETURN_IF_ERROR(to_status(current.error(), "cudaSetDevice"));
   MLA_RETURN_IF_ERROR(set_shared_memory(state->variant->kernel(), state->variant->shared_bytes));
   for (const int32_t tiles_of_warp : {1, sm90::kCombineTiles}) {
-    MLA_RETURN_IF_ERROR(set_shared_memory(sm90::combine_kernel_handle(p.q_dtype, tiles_of_warp), spreading_bytes(1, 1)));
+    MLA_RETURN_IF_ERROR(
+        set_shared_memory(sm90::combine_kernel_handle(p.q_dtype, tiles_of_warp), spreading_bytes(1, 1)));
   }
   MLA_RETURN_IF_ERROR(set_shared_memory(sm90::schedule_kernel_handle(), 0));
   plan.state = std::move(state);

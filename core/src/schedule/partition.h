@@ -28,12 +28,12 @@ struct Config {
   int32_t heads_per_kv_head;  // rows of one query token
   int32_t kv_heads;
   int32_t parts;
-  int32_t overhead_blocks;  // what an item costs beside its keys, >= 1
-  int32_t chunk_blocks;     // 0: balanced
-  int32_t plan_key;         // set after the backend's plan(): ties a schedule to its plan
-  int64_t slots;            // partial results that fit into scratch
-  int32_t cut_blocks = 0;   // most of what its cuts cost a part, see whole.h
-  bool splits_evenly = false;  // see even_split.h
+  int32_t overhead_blocks;     // what an item costs beside its keys, >= 1
+  int32_t chunk_blocks;        // 0: balanced
+  int32_t plan_key;            // set after the backend's plan(): ties a schedule to its plan
+  int64_t slots;               // partial results that fit into scratch
+  int32_t cut_blocks = 0;      // most of what its cuts cost a part, see whole.h
+  bool splits_evenly = false;  // see even_split.h; not where the cuts of an item are found by cuts_of_item
 
   MLA_HD constexpr int32_t blocks(int64_t len_tokens) const {
     return static_cast<int32_t>((len_tokens + block_tokens - 1) / block_tokens);

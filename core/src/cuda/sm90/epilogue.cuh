@@ -121,8 +121,8 @@ __device__ __forceinline__ void store_rows(const OutputFragment& o, const Result
                                            const int64_t (&offset)[2], const float (&factor)[2], int lane) {
   uint16_t* const out = static_cast<uint16_t*>(result.out.data);
   const auto is_slow = [&](int r) {
-    return offset[r] >= 0 &&
-           (result.is_out_fp32 || factor[r] == 0.0f || reinterpret_cast<uintptr_t>(out + offset[r]) % sizeof(uint2) != 0);
+    return offset[r] >= 0 && (result.is_out_fp32 || factor[r] == 0.0f ||
+                              reinterpret_cast<uintptr_t>(out + offset[r]) % sizeof(uint2) != 0);
   };
   if (!__any_sync(ptx::kWholeWarp, is_slow(0) || is_slow(1))) {
 #pragma unroll

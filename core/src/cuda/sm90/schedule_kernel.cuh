@@ -131,8 +131,7 @@ __device__ __forceinline__ bool split_evenly(const Costs<Cost>& costs, uint32_t 
   const auto blocks_of = [&](int32_t r) { return static_cast<uint32_t>(costs.config.blocks(costs.len[r])); };
   uint32_t of_request = 0;  // parts; more than there are: parts + 1
   if (thread < batch) {
-    const int64_t items =
-        costs.items >= 0 ? costs.items : costs.config.items(costs.view.q_tokens(thread));
+    const int64_t items = costs.items >= 0 ? costs.items : costs.config.items(costs.view.q_tokens(thread));
     const uint32_t pieces = schedule::split_pieces(blocks_of(thread), share);
     of_request = items > parts || pieces > parts ? parts + 1 : min(static_cast<uint32_t>(items) * pieces, parts + 1);
   }

@@ -23,19 +23,19 @@ struct Guess {
   __device__ __forceinline__ int32_t read(int32_t request) const {
     const schedule::Layout& at = p.layout;
     const int lane = ctx.lane;
-    const size_t offset =
-        lane < kMagicWord    ? at.boundary_offset() + sizeof(schedule::Boundary) * blockIdx.y + 4 * lane
-        : lane == kMagicWord ? offsetof(schedule::Header, magic)
-        : lane == kLenWord   ? at.len_offset() + 4 * static_cast<size_t>(request)
-        : lane < kSlotWord   ? at.q_begin_offset() + 4 * static_cast<size_t>(request + lane - kQBeginWord)
-                             : at.slot_prefix_offset() + 8 * static_cast<size_t>(request) + 4 * (lane - kSlotWord);
+    const size_t offset = lane < kMagicWord ? at.boundary_offset() + sizeof(schedule::Boundary) * blockIdx.y + 4 * lane
+                          : lane == kMagicWord ? offsetof(schedule::Header, magic)
+                          : lane == kLenWord   ? at.len_offset() + 4 * static_cast<size_t>(request)
+                          : lane < kSlotWord
+                              ? at.q_begin_offset() + 4 * static_cast<size_t>(request + lane - kQBeginWord)
+                              : at.slot_prefix_offset() + 8 * static_cast<size_t>(request) + 4 * (lane - kSlotWord);
     return __ldcg(reinterpret_cast<const int32_t*>(p.schedule + offset));
   }
 
   // The part's first Work, into work[0], and this lane's page of its first window; false: there is no piece that could be it. The whole warp
   // calls this.
   __device__ __forceinline__ bool make(int32_t& page) const {
-    int32_t(&words)[kGuessWords] = ctx.control->guess;
+    int32_t (&words)[kGuessWords] = ctx.control->guess;
     Work& work = ctx.control->work[0];
     const int lane = ctx.lane;
     if (lane <= kMagicWord) words[lane] = read(0);

@@ -24,9 +24,7 @@ __device__ __forceinline__ void write_work(const DecodeParams& p, const schedule
   work.q_begin = q_begin;
   work.first_row = row_group * p.config.item_rows + tile * kTileRows;
   work.kv_head = p.kv_heads.remainder(piece.item, row_group);
-  work.slot = piece.slot < 0                ? kWholeItem
-              : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot)
-                                            : kDropped;
+  work.slot = piece.slot < 0 ? kWholeItem : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot) : kDropped;
 }
 
 using WorkCursor = Cursor<kWorkStages>;

@@ -29,7 +29,8 @@ __device__ __forceinline__ void take_q(uint32_t slot, uint32_t zeros, uint32_t s
   constexpr int kFirstShared = kCfg.q_first_shared_group() * 4;
   if (warp * 16 >= rows) {
 #pragma unroll
-    for (int step = 0; step < kCfg.q_register_steps(); ++step) r_q[step][0] = r_q[step][1] = r_q[step][2] = r_q[step][3] = 0;
+    for (int step = 0; step < kCfg.q_register_steps(); ++step)
+      r_q[step][0] = r_q[step][1] = r_q[step][2] = r_q[step][3] = 0;
 #pragma unroll
     for (int step = kFirstShared; step < kCfg.q_steps(); ++step) ptx::stmatrix_x4(target(step), 0, 0, 0, 0);
   } else {
