@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 
 import torch
 
@@ -66,14 +67,15 @@ def add_combine(problems: list[str], results: list[gpu.Result]) -> None:
         torch.cuda.empty_cache()
 
 
-def sustained_table(problems: list[str], seconds: float, rounds: int, peers: bool, library: str | None) -> list[sustained.Result]:
-    results = []
+def sustained_table(
+    problems: list[str], seconds: float, rounds: int, peers: bool, library: str | None
+) -> Iterator[sustained.Result]:
     with sustained.Samples() as samples:
         for text in problems:
-            results.append(sustained.run(text, seconds, rounds, samples, peers, library))
-            print(sustained.lines(results[-1]), flush=True)
+            result = sustained.run(text, seconds, rounds, samples, peers, library)
+            print(sustained.lines(result), flush=True)
+            yield result
             torch.cuda.empty_cache()
-    return results
 
 
 def main() -> None:
@@ -111,8 +113,9 @@ def main() -> None:
             json.dump(report, file, indent=1)
 
     if args.sustained is not None:
-        turns = sustained_table(problems, args.sustained, args.rounds, peers, args.peer_so)
-        save()
+        for result in sustained_table(problems, args.sustained, args.rounds, peers, args.peer_so):
+            turns.append(result)
+            save()  # minutes pass until the next one
         return
     results = table(problems, roofs, args.rounds, peers, args.peer_so)
     save()  # what is timed stays, whatever the profiler does

@@ -100,11 +100,15 @@ struct Loader {
   }
 
   // Brings the first keys of a guessed piece into the second-level cache while the kernels before end: nobody reads them, so it does not matter
-  // what those kernels still write. Decode starts later after a call that cut items, because combine takes the multiprocessors, and brings less.
+  // what those kernels still write. Decode starts later after a call that cut items, because combine takes the multiprocessors: then it
+  // brings less, and not the slot that it asks for next.
   __device__ __forceinline__ void prefetch_keys(const Work& work, int32_t page) const {
     const int32_t token = first_token(p, work.begin_block, ctx.lane);
-    const int slots = work.slot == kWholeItem ? p.prefetched_slots : p.prefetched_slots_if_cut;
-    if (p.kv_run != layout::kSlotRows || ctx.lane >= slots || token >= work.end_block * kBlockTokens) return;
+    const bool is_whole = work.slot == kWholeItem;
+    if (p.kv_run != layout::kSlotRows || ctx.lane < (is_whole ? 0 : 1) ||
+        ctx.lane >= (is_whole ? p.prefetched_slots : p.prefetched_slots_if_cut) ||
+        token >= work.end_block * kBlockTokens)
+      return;
     const int32_t row = p.page_size.remainder(token, p.page_size.quotient(token));
     ptx::tma_prefetch_5d(&p.kv_latent, {{0, row, 0, work.kv_head, page}});
     if constexpr (kCfg.has_rope()) ptx::tma_prefetch_5d(&p.kv_rope, {{0, row, 0, work.kv_head, page}});
