@@ -327,7 +327,10 @@ typedef struct mla_decode_args {
  *                 causal mask is the request's: query token t sees the rank's keys among the first global_seqlens - q_len + 1 + t.
  *                 CPU: a length that is not the rank's share of global_seqlens is MLA_INVALID_ARGUMENT.
  *   Page ids      CPU: an id outside [0, pages) in the used part of the table is MLA_INVALID_ARGUMENT and nothing is written.
- *                 CUDA: such a page reads as zeros; a plan with MLA_PROBLEM_DEBUG refuses it as the CPU does. */
+ *                 CUDA: such a page reads as zeros; a plan with MLA_PROBLEM_DEBUG refuses it as the CPU does.
+ *   Order         CUDA: all inputs count as they are when the stream's earlier work has ended. Where the kernel before allows
+ *                 programmatic dependent launch, schedule and block table are looked at, and pages that they name brought to the
+ *                 cache, before that: they have to be mapped when the call is enqueued, whatever they hold. */
 MLA_API mla_status mla_decode(const mla_plan* plan, const mla_decode_args* args, void* stream);
 
 /* ---------------------------------------------------------------- merge ----------------------------------------------- */
