@@ -13,7 +13,7 @@ namespace {
 template <DType kDType>
 const void* combine_handle(int32_t tiles_of_warp) {
   return tiles_of_warp == 1 ? reinterpret_cast<const void*>(&combine_kernel<kDType, 1>)
-                      : reinterpret_cast<const void*>(&combine_kernel<kDType, kCombineTiles>);
+                            : reinterpret_cast<const void*>(&combine_kernel<kDType, kCombineTiles>);
 }
 
 }  // namespace
