@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 
@@ -48,25 +49,6 @@ SUSTAINED_SHAPES = [
 ]
 
 
-def table(problems: list[str], roofs: gpu.Roofs, rounds: int, peers: bool, library: str | None) -> list[gpu.Result]:
-    print(gpu.HEADER, flush=True)
-    results = []
-    for text in problems:
-        results.append(gpu.run(text, roofs, rounds, peers, library))
-        print(gpu.line(results[-1]), flush=True)
-        torch.cuda.empty_cache()
-    return results
-
-
-def add_combine(problems: list[str], results: list[gpu.Result]) -> None:
-    """After everything else: the profiler slows the graphs that a process times later."""
-    for text, result in zip(problems, results, strict=True):
-        result.combine_us = gpu.combine_us(text)
-        found = "no combine seen" if result.combine_us is None else f"combine {result.combine_us:.2f} us after decode"
-        print(f"{result.problem:<62} {result.mean_len:>8.0f} {found}", flush=True)
-        torch.cuda.empty_cache()
-
-
 def sustained_table(
     problems: list[str], seconds: float, rounds: int, peers: bool, library: str | None
 ) -> Iterator[sustained.Result]:
@@ -95,7 +77,6 @@ def main() -> None:
         gpu.parse(text)  # refuses nonsense before anything is measured
     peers = args.peer or args.peer_so is not None
     roofs = gpu.measure_roofs(args.rounds)
-    print(f"{gpu.machine()['gpu']}; roofs: {roofs}", flush=True)
     results: list[gpu.Result] = []
     turns: list[sustained.Result] = []
 
@@ -113,13 +94,15 @@ def main() -> None:
             json.dump(report, file, indent=1)
 
     if args.sustained is not None:
+        print(f"{gpu.machine()['gpu']}; roofs: {roofs}", flush=True)
         for result in sustained_table(problems, args.sustained, args.rounds, peers, args.peer_so):
             turns.append(result)
             save()  # minutes pass until the next one
         return
-    results = table(problems, roofs, args.rounds, peers, args.peer_so)
+    show = functools.partial(print, flush=True)
+    results = gpu.table(problems, roofs, args.rounds, peers, args.peer_so, show)
     save()  # what is timed stays, whatever the profiler does
-    add_combine(problems, results)
+    gpu.add_combine(problems, results, show)
     save()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 
 import pytest
@@ -54,6 +55,49 @@ def test_bytes_are_those_of_the_pages_that_hold_the_lengths() -> None:
     page = 64 * 576 * 2
     assert gpu.cache_bytes(problem, [8192] * 4) == 4 * 128 * page
     assert gpu.cache_bytes(problem, [1, 64, 65, 0]) == (1 + 1 + 2) * page
+
+
+def result_of(text: str) -> gpu.Result:
+    times = gpu.Times(2.0, 1.0, 3.0)
+    return gpu.Result(
+        problem=text,
+        variant="dense_bf16_d576",
+        mean_len=8192.0,
+        largest_error=1e-3,
+        cold=times,
+        warm=times,
+        schedule=times,
+        gbytes=1.0,
+        tflops=1.0,
+        roof="memory",
+        roof_share=0.5,
+        cublas_share=0.1,
+        clock_mhz=1980,
+        peers={"flash_mla": times},
+        peers_warm={"flash_mla": times},
+    )
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_combine_comes_after_all_timings_and_into_the_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(gpu, "measure_roofs", lambda rounds: gpu.Roofs(3000.0, 800.0, 700.0))
+    monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "none"})
+    monkeypatch.setattr(gpu, "run", lambda text, *_: seen.append("run") or result_of(text))
+    monkeypatch.setattr(gpu, "combine_us", lambda text: seen.append("combine") or 1.25)
+    monkeypatch.setattr(gpu.cuda, "empty_cache", lambda: None)
+    assert gpu.main([PROBLEM, PROBLEM + " varlen"], rounds=3, as_json=as_json)
+    assert seen == ["run", "run", "combine", "combine"]
+    out = capsys.readouterr().out
+    if as_json:
+        rows = [json.loads(row) for row in out.splitlines()]
+        assert [row["combine_us"] for row in rows] == [1.25, 1.25]
+        assert rows[0]["machine"] == {"gpu": "none"}
+    else:
+        assert out.count("flash_mla 2.0/2.0") == 2
+        assert out.count("combine 1.25 us after decode") == 2
 
 
 def test_combine_is_timed_from_the_end_of_its_own_decode() -> None:

@@ -92,6 +92,12 @@ def test_bench_checks_first_and_reports_the_roof() -> None:
     assert "GFLOP/s" in table.stdout
 
 
+def test_bench_runs_peers_on_a_gpu_only() -> None:
+    result = run("bench", "dense:bf16:b1:q1:h2:l64", "--peer")
+    assert result.returncode != 0
+    assert "--device cuda" in result.stderr
+
+
 def test_bench_refuses_what_is_no_problem() -> None:
     result = run("bench", "dense:nonsense")
     assert result.returncode != 0

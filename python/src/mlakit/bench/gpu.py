@@ -539,21 +539,42 @@ def line(r: Result) -> str:
     )
 
 
-def main(
-    problems: list[str], rounds: int = 7, as_json: bool = False, with_peers: bool = False, peer_library: str | None = None
-) -> bool:
-    """Prints a table, or a line of JSON for each problem. An error of any row is raised."""
-    roofs = measure_roofs(rounds)
-    if not as_json:
-        print(f"{machine()['gpu']}; roofs: {roofs}")
-        print(HEADER)
+def table(
+    problems: list[str],
+    roofs: Roofs,
+    rounds: int = 7,
+    with_peers: bool = False,
+    peer_library: str | None = None,
+    show: Callable[[str], None] = print,
+) -> list[Result]:
+    """Times the problems one after the other, and shows each as it comes. An error of any row is raised."""
+    show(f"{machine()['gpu']}; roofs: {roofs}\n{HEADER}")
+    results = []
     for text in problems:
-        result = run(text, roofs, rounds, with_peers, peer_library)
-        print(
-            json.dumps({**dataclasses.asdict(result), "roofs": dataclasses.asdict(roofs), "machine": machine()})
-            if as_json
-            else line(result),
-            flush=True,
-        )
-        torch.cuda.empty_cache()
+        results.append(run(text, roofs, rounds, with_peers, peer_library))
+        show(line(results[-1]))
+        cuda.empty_cache()
+    return results
+
+
+def add_combine(problems: list[str], results: list[Result], show: Callable[[str], None] = print) -> None:
+    """Fills in combine_us. After everything else: the profiler slows the graphs that a process times later."""
+    for text, result in zip(problems, results, strict=True):
+        result.combine_us = combine_us(text)
+        found = "no combine seen" if result.combine_us is None else f"combine {result.combine_us:.2f} us after decode"
+        show(f"{result.problem:<62} {result.mean_len:>8.0f} {found}")
+        cuda.empty_cache()
+
+
+def main(problems: list[str], rounds: int = 7, as_json: bool = False, with_peers: bool = False) -> bool:
+    """Prints a table, or a line of JSON for each problem."""
+    for text in problems:
+        parse(text)  # refuses nonsense before anything is measured
+    show = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    roofs = measure_roofs(rounds)
+    results = table(problems, roofs, rounds, with_peers, show=show)
+    add_combine(problems, results, show)
+    if as_json:
+        for result in results:
+            print(json.dumps({**dataclasses.asdict(result), "roofs": dataclasses.asdict(roofs), "machine": machine()}))
     return True

@@ -31,15 +31,21 @@ def demo(seed: Annotated[int, typer.Option(help="Of the random model state.")] =
 
 @app.command()
 def bench(
-    problems: Annotated[list[str], typer.Argument(help="Problem strings, such as dense:bf16:b4:q1:h16:l4096")],
+    problems: Annotated[
+        list[str],
+        typer.Argument(help='Problem strings, such as dense:bf16:b4:q1:h16:l4096; on cuda also "... varlen" for varied lengths'),
+    ],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str | None, typer.Option(help="Force a backend by name.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: all this process may use.")] = 0,
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each problem.")] = 15,
+    peer: Annotated[
+        bool, typer.Option("--peer", help="cuda: also FlashMLA, FlashAttention-3 and FlashInfer, where they are installed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check, then time decode for each problem: median, spread, rates, and the share of the nearer roof."""
     from ._bench import run
 
-    if not run(problems, device, backend, threads, rounds, as_json):
+    if not run(problems, device, backend, threads, rounds, peer, as_json):
         raise typer.Exit(1)

@@ -15,13 +15,17 @@ from rich.table import Table
 import mlakit
 
 
-def run(problems: list[str], device: str, backend: str | None, threads: int, rounds: int, as_json: bool) -> bool:
+def run(
+    problems: list[str], device: str, backend: str | None, threads: int, rounds: int, with_peers: bool, as_json: bool
+) -> bool:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
-    problems = [str(mlakit.Problem.parse(text)) for text in problems]  # refuses nonsense before anything is measured
     if device == "cuda":
         gpu: Any = importlib.import_module("mlakit.bench.gpu")  # needs torch, so it is typed loosely
-        return bool(gpu.main(problems, rounds=rounds, as_json=as_json))
+        return bool(gpu.main(problems, rounds=rounds, as_json=as_json, with_peers=with_peers))
+    problems = [str(mlakit.Problem.parse(text)) for text in problems]  # refuses nonsense before anything is measured
+    if with_peers:
+        raise ValueError("--peer: peers run on cuda only: add --device cuda")
     from mlakit.bench import cpu, roofs
 
     context = mlakit.Context(backend, threads)
