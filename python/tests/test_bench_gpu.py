@@ -78,6 +78,12 @@ def result_of(text: str) -> gpu.Result:
     )
 
 
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        gpu.main([PROBLEM])
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_combine_comes_after_all_timings_and_into_the_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
@@ -88,6 +94,7 @@ def test_combine_comes_after_all_timings_and_into_the_result(
     monkeypatch.setattr(gpu, "run", lambda text, *_: seen.append("run") or result_of(text))
     monkeypatch.setattr(gpu, "combine_us", lambda text: seen.append("combine") or 1.25)
     monkeypatch.setattr(gpu.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu.cuda, "is_available", lambda: True)
     assert gpu.main([PROBLEM, PROBLEM + " varlen"], rounds=3, as_json=as_json)
     assert seen == ["run", "run", "combine", "combine"]
     out = capsys.readouterr().out

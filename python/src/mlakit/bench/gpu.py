@@ -568,6 +568,8 @@ def add_combine(problems: list[str], results: list[Result], show: Callable[[str]
 
 def main(problems: list[str], rounds: int = 7, as_json: bool = False, with_peers: bool = False) -> bool:
     """Prints a table, or a line of JSON for each problem."""
+    if not cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
     for text in problems:
         parse(text)  # refuses nonsense before anything is measured
     show = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
