@@ -241,6 +241,7 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.page_size = layout::Divider::by(p.page_size);
   params.heads_per_kv_head = layout::Divider::by(p.heads_per_kv_head());
   params.kv_heads = layout::Divider::by(p.kv_heads);
+  // Measured, see sm90/README.md.
   params.most_in_flight = state.shape.tiles > 1 ? 3 : 2;
   params.prefetched_slots = 4;
   params.prefetched_slots_if_cut = state.shape.tiles > 1 ? 0 : 2;

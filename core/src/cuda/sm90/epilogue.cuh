@@ -24,8 +24,8 @@ __device__ __forceinline__ int64_t row_offset(const RowView& view, const ResultP
 }
 
 // What finishes O of a row: 1 / sum, and what the attention sink takes. 0: the row saw nothing. Of a partial result any other number.
-__device__ __forceinline__ float row_factor(const ResultParams& result, const schedule::Config& config,
-                                            const Work& work, int32_t row, float maximum, float sum) {
+__device__ __forceinline__ float row_scale(const ResultParams& result, const schedule::Config& config, const Work& work,
+                                           int32_t row, float maximum, float sum) {
   if (work.slot != kWholeItem || sum == 0.0f) return sum;
   const float factor = __fdividef(1.0f, sum);  // a sum is at least the 1 of its largest score, or NaN
   if (result.sink == nullptr) return factor;
@@ -146,13 +146,13 @@ __device__ __forceinline__ void store_rows(const OutputFragment& o, const Result
   }
 }
 
-// O into out or the partial's slot. factors, out_rows: of the tile's rows, see Control.
+// O into out or the partial's slot. scales, out_rows: of the tile's rows, see Control.
 template <DType kDType>
 __device__ __forceinline__ void store_output(const OutputFragment& o, const ResultParams& result, const Work& work,
-                                             int32_t rows, const float* factors, const int64_t* out_rows, int tile,
+                                             int32_t rows, const float* scales, const int64_t* out_rows, int tile,
                                              int half, int thread) {
   const int32_t row[2] = {layout::fragment_row(thread, 0), layout::fragment_row(thread, 1)};
-  const float factor[2] = {factors[row[0]], factors[row[1]]};
+  const float factor[2] = {scales[row[0]], scales[row[1]]};
   const int lane = thread % 32;
   if (work.slot >= 0) {
     const int strip = tile * (kTileRows / layout::PartialLayout::kStripRows) + thread / 32;

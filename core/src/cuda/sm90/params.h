@@ -52,7 +52,7 @@ struct CombineParams {
   ResultParams result;
   int32_t batch;
   int32_t q_len;          // of every request, unless q is ragged
-  int32_t warps_of_tile;  // > 1: that many warps share the pieces of one tile; 1: a warp takes kCombineTiles tiles
+  int32_t warps_of_tile;  // that share the pieces of one tile; 1 where a warp takes several tiles
   int32_t
       items_per_request;  // the most; > 0: blockIdx.x counts items. 0: it counts parts, each standing for the item cut at its begin.
 };

@@ -37,7 +37,7 @@ struct Control {
   schedule::Boundary part_end;                  // the planner's
   float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
   uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
-  float factor[kTileRows];                      // row_factor: what O is multiplied with at the end
+  float scale[kTileRows];                       // row_scale: what O is multiplied with at the end
   int64_t out_row[2][kTileRows];                // each output warpgroup's: where the rows of a whole item begin in out
   alignas(layout::kSwizzleRowBytes) uint32_t zeros[layout::kSwizzleRowBytes / sizeof(uint32_t)];
 };

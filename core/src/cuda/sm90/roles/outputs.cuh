@@ -102,7 +102,7 @@ struct Outputs {
         add_slot(o, token == begin, work.len_tokens - token);
       wait_full<Barrier::kScaleFull>(ctx.barriers, scale_at(at));
       if (work.slot != kDropped)
-        store_output<kCfg.dtype>(o, p.result, work, tile_rows(p.config, work), ctx.control->factor,
+        store_output<kCfg.dtype>(o, p.result, work, tile_rows(p.config, work), ctx.control->scale,
                                  ctx.control->out_row[half], tile, half, ctx.thread);
       __syncwarp();
       if (ctx.lane == 0) {

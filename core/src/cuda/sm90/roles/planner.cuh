@@ -15,7 +15,7 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
   ptx::griddepcontrol_launch_dependents();  // I4
   end = view.boundary()[part + 1];
   schedule::for_each_piece(p.config, view, part, end, [&](const schedule::Piece& piece, int32_t) {
-    const int32_t first_row = p.kv_heads.quotient(piece.item) * p.config.item_rows + tile * kTileRows;
+    const int32_t first_row = first_row_of(p, p.kv_heads.quotient(piece.item), tile);
     if (piece.request >= p.batch || first_row >= view.q_tokens(piece.request) * p.config.heads_per_kv_head)
       return;  // I1: the tile has a row
     if (at.value == 0) {

@@ -12,6 +12,11 @@ __device__ __forceinline__ int32_t tile_rows(const schedule::Config& config, con
   return min(work.q_tokens * config.heads_per_kv_head - work.first_row, kTileRows);
 }
 
+// Of the tile, among the rows of its item's request.
+__device__ __forceinline__ int32_t first_row_of(const DecodeParams& p, int32_t row_group, int tile) {
+  return row_group * p.config.item_rows + tile * kTileRows;
+}
+
 // A piece as the CTAs of a row tile see it. The fields are written one by one: those who do this have few registers.
 __device__ __forceinline__ void write_work(const DecodeParams& p, const schedule::Piece& piece, int tile, int32_t len,
                                            int32_t q_begin, int32_t q_tokens, Work& work) {
@@ -22,7 +27,7 @@ __device__ __forceinline__ void write_work(const DecodeParams& p, const schedule
   work.len_tokens = len;
   work.q_tokens = q_tokens;
   work.q_begin = q_begin;
-  work.first_row = row_group * p.config.item_rows + tile * kTileRows;
+  work.first_row = first_row_of(p, row_group, tile);
   work.kv_head = p.kv_heads.remainder(piece.item, row_group);
   work.slot = piece.slot < 0 ? kWholeItem : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot) : kDropped;
 }

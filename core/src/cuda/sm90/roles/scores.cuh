@@ -147,7 +147,7 @@ struct Scores {
       sum[r] = work.len_tokens == schedule::kInvalidLen ? NAN : sum_of_quad(state.sum[r]);
       const int row = layout::fragment_row(ctx.thread, r);
       if (ctx.lane % 4 == 0 && row < rows)
-        ctx.control->factor[row] = row_factor(p.result, p.config, work, work.first_row + row, state.maximum[r], sum[r]);
+        ctx.control->scale[row] = row_scale(p.result, p.config, work, work.first_row + row, state.maximum[r], sum[r]);
     }
     if (ctx.lane % 4 == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);
     // The outputs do not wait for what follows.
