@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import types
+from typing import Any
 
 import pytest
 
@@ -76,6 +78,35 @@ def result_of(text: str) -> gpu.Result:
         peers={"flash_mla": times},
         peers_warm={"flash_mla": times},
     )
+
+
+class FakeWorkload:
+    """One call of 4 TFLOP over 3 GB, and one peer."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.flop, self.x = text, 4e12, types.SimpleNamespace(bytes=3_000_000_000)
+        self.decode = [lambda: None, lambda: None]
+
+    def check(self) -> dict[str, Any]:
+        return {"problem": self.text, "variant": "v", "mean_len": 7.0, "largest_error": 1e-3}
+
+    def peers(self, library: str | None) -> dict[str, Any]:
+        return {"flash_mla": [lambda: None, lambda: None]}
+
+
+def test_a_result_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The number of a graph's calls tells cold (all caches) from warm (one); 1000 us for two calls, 500 for one.
+    monkeypatch.setattr(gpu, "Workload", FakeWorkload)
+    monkeypatch.setattr(gpu, "Graph", len)
+    monkeypatch.setattr(gpu, "interleave", lambda graphs, _: {k: gpu.Times(500.0 * n, 1.0, 9.0) for k, n in graphs.items()})
+    monkeypatch.setattr(gpu, "clock_mhz", lambda: 1980)
+    result = gpu.run(PROBLEM, gpu.Roofs(4000.0, 8000.0, 5000.0), rounds=3, with_peers=True)
+    assert (result.problem, result.variant, result.mean_len, result.largest_error) == (PROBLEM, "v", 7.0, 1e-3)
+    assert (result.cold.median_us, result.warm.median_us, result.schedule.median_us) == (1000.0, 500.0, 500.0)
+    assert result.peers["flash_mla"].median_us == 1000.0
+    assert result.peers_warm["flash_mla"].median_us == 500.0
+    assert (result.gbytes, result.tflops) == (3000.0, 4000.0)
+    assert (result.roof, result.roof_share, result.cublas_share) == ("memory", 0.75, 0.8)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,12 +61,19 @@ class Roofs:
 
 
 @dataclasses.dataclass
-class Result:
+class Subject:
+    """What was measured, and that it was right."""
+
     problem: str
     variant: str
     mean_len: float
     """Cached tokens of a request."""
     largest_error: float
+    """Of a row, relative to its length."""
+
+
+@dataclasses.dataclass
+class Result(Subject):
     cold: Times
     warm: Times
     schedule: Times
@@ -426,11 +433,13 @@ class Workload:
             for kv in x.caches
         ]
 
-    def check(self) -> float:
-        """Decodes over the first cache; returns the largest error of a row relative to its length."""
+    def check(self) -> dict[str, Any]:
+        """Decodes over the first cache and compares; returns the fields of Subject. An error of any row is raised."""
         self.decode[0]()
         torch.cuda.synchronize()
-        return check(self.problem, self.x, self.scale)
+        largest_error = check(self.problem, self.x, self.scale)
+        info = self.plan.info
+        return {"problem": info.problem, "variant": info.variant, "mean_len": self.mean_len, "largest_error": largest_error}
 
     def peers(self, library: str | None) -> dict[str, list[Callable[[], Any]]]:
         """The peers' calls, one for each cache. They may overwrite out."""
@@ -440,7 +449,7 @@ class Workload:
 
 def run(text: str, roofs: Roofs, rounds: int = 7, with_peers: bool = False, peer_library: str | None = None) -> Result:
     work = Workload(text)
-    largest_error = work.check()
+    subject = work.check()
     calls: dict[str, Sequence[Callable[[], Any]]] = {"ours": work.decode, **(work.peers(peer_library) if with_peers else {})}
     cold = interleave({name: Graph(each) for name, each in calls.items()}, rounds)
     clock = clock_mhz()
@@ -455,10 +464,7 @@ def run(text: str, roofs: Roofs, rounds: int = 7, with_peers: bool = False, peer
     }
     roof = max(shares, key=lambda name: shares[name])
     return Result(
-        problem=work.plan.info.problem,
-        variant=work.plan.info.variant,
-        mean_len=work.mean_len,
-        largest_error=largest_error,
+        **subject,
         cold=ours,
         warm=ours_warm,
         schedule=schedule,

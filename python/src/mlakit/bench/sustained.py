@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
-from .gpu import CUBLAS_FLOP, Graph, Times, Workload, cublas_graph, cuda, interleave
+from .gpu import CUBLAS_FLOP, Graph, Subject, Times, Workload, cublas_graph, cuda, interleave
 
 SAMPLE_MS = 50
 SETTLE_SECONDS = 0.1  # at the begin of a turn, of which clock and power do not count
@@ -55,12 +55,7 @@ class Ratio:
 
 
 @dataclasses.dataclass
-class Result:
-    problem: str
-    variant: str
-    mean_len: float
-    """Cached tokens of a request."""
-    largest_error: float
+class Result(Subject):
     seconds: float
     """Of a turn."""
     rounds: int
@@ -165,7 +160,7 @@ def run(
 ) -> Result:
     """One problem, as for gpu.run; all candidates are cold. samples: an open one."""
     work = Workload(text)
-    largest_error = work.check()
+    subject = work.check()
     graphs = {"ours": Graph(work.decode)}
     for name, calls in (work.peers(peer_library) if with_peers else {}).items():
         graphs[name] = Graph(calls)
@@ -180,10 +175,7 @@ def run(
         return Candidate(median_us, flop_of_call / median_us / 1e6, share * flop_of_call / CUBLAS_FLOP, clock_mhz, watts)
 
     return Result(
-        problem=work.plan.info.problem,
-        variant=work.plan.info.variant,
-        mean_len=work.mean_len,
-        largest_error=largest_error,
+        **subject,
         seconds=seconds,
         rounds=rounds,
         candidates={name: candidate(name) for name in turns},
