@@ -345,6 +345,7 @@ TEST_CASE("small batches match double precision, whatever decode saw before the 
     check_decode({1, 16, 1, 64, false, 0, {70, 300, 0, 1}}, late);
     check_decode({2, 40, 1, 64, true, 0, {500, 333, 1}}, late);
     check_decode({1, 128, 1, 16, false, 128, {90, 400}}, late);
+    check_decode({2, 128, 1, 64, true, 0, {700, 1, 333}}, late);
     check_decode({1, 5, 1, 1, false, 0, {70, 3}}, late);
   }
 }
@@ -358,4 +359,7 @@ TEST_CASE("small batches match double precision") {
   check_decode({1, 5, 1, 1, false, 0, {70}});
   check_decode({1, 16, 1, 64, false, 128, {400, 60}});
   check_decode({1, 16, 1, 64, false, 0, {3000}});
+  check_decode({1, 128, 1, 64, false, 0, {300, 0, 77}});
+  check_decode({2, 128, 1, 64, true, 0, {500, 1, 33}});
+  check_decode({1, 128, 1, 1, false, 0, {70}});
 }

@@ -4,6 +4,8 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <array>
 #include <functional>
 #include <random>
 #include <string>
@@ -33,10 +35,11 @@ struct PlayedBarrier {
 struct Barriers {
   std::vector<std::vector<PlayedBarrier>> all;
 
-  explicit Barriers(int ring_slots) {
+  Barriers(int ring_slots, bool shares_pages) {
     for (const sm90::BarrierSpec& spec : sm90::kBarriers) {
       const int stages = spec.id == Barrier::kSlotFull || spec.id == Barrier::kSlotEmpty ? ring_slots : spec.stages;
-      all.emplace_back(static_cast<size_t>(stages), PlayedBarrier{spec.arrivals, spec.arrivals, 0});
+      const int arrivals = sm90::arrivals_of(spec, shares_pages);
+      all.emplace_back(static_cast<size_t>(stages), PlayedBarrier{arrivals, arrivals, 0});
     }
   }
   int stages(Barrier id) const { return static_cast<int>(all[static_cast<size_t>(id)].size()); }
@@ -72,11 +75,17 @@ struct Role {
   bool is_done() const { return next == steps.size(); }
 };
 
-// One CTA. The kernel's program, as seen by the barriers; buffer contents are the number of the use that wrote them.
+// Half of a slot; where pages are shared, one half is loaded by either CTA of the pair. The number of the use that wrote it.
+using SlotContent = std::array<int, 2>;
+
+// One CTA. The kernel's program, as seen by the barriers. A CTA that shares pages has to be joined with another one.
 class Cta {
  public:
-  Cta(const std::vector<Piece>& pieces, int ring_slots, int most_in_flight, Guess guess)
-      : barriers_(ring_slots), slot_content_(static_cast<size_t>(ring_slots), -1), most_in_flight_(most_in_flight) {
+  Cta(const std::vector<Piece>& pieces, int ring_slots, int most_in_flight, Guess guess, bool shares_pages = false)
+      : barriers_(ring_slots, shares_pages),
+        slot_content_(static_cast<size_t>(ring_slots), SlotContent{-1, -1}),
+        most_in_flight_(most_in_flight),
+        shares_pages_(shares_pages) {
     const bool is_right = guess.is_made && guess.wrong_slots == 0 && !pieces.empty();
     add_planner(static_cast<int>(pieces.size()), is_right);
     add_loader(pieces, guess, is_right);
@@ -84,7 +93,15 @@ class Cta {
     for (int warp = 0; warp < sm90::kOutputWarps; ++warp) add_output_warp(pieces);
   }
 
+  Cta(const Cta&) = delete;  // the roles point to it
+
   std::vector<Role>& roles() { return roles_; }
+
+  static void join(Cta& a, Cta& b) {
+    a.other_ = &b;
+    b.other_ = &a;
+    b.rank_ = 1;
+  }
 
  private:
   void wait_full(Role& r, Barrier id, int n) {
@@ -96,8 +113,21 @@ class Cta {
   void arrive(Role& r, Barrier id, int n) {
     r.act([this, id, n] { barriers_.of_use(id, n).arrive(); });
   }
+  SlotContent& content(int n) { return slot_content_[static_cast<size_t>(n) % slot_content_.size()]; }
   void read_slot(Role& r, int n) {
-    r.act([this, n] { CHECK(slot_content_[static_cast<size_t>(n) % slot_content_.size()] == n); });
+    r.act([this, n] { CHECK(content(n) == SlotContent{n, n}); });
+  }
+  // Own and, where pages are shared, the other CTA's barrier, one after the other.
+  void release_slot(Role& r, int n) {
+    arrive(r, Barrier::kSlotEmpty, n);
+    if (!shares_pages_) return;
+    r.act([this, n] {
+      REQUIRE(other_->is_running());
+      other_->barriers_.of_use(Barrier::kSlotEmpty, n).arrive();
+    });
+  }
+  bool is_running() const {
+    return std::any_of(roles_.begin(), roles_.end(), [](const Role& r) { return r.name != "copies" && !r.is_done(); });
   }
 
   void add_planner(int pieces, bool is_right) {
@@ -127,6 +157,8 @@ class Cta {
     add_wrong_copies(wrong_slots);
     if (!is_right) judge(r, false, wrong_slots);
     int slot = 0;
+    std::vector<bool>
+        is_shared;  // of each slot: the first keys of a piece are not, because one CTA may have guessed them
     for (size_t i = 0; i < pieces.size(); ++i) {
       bool is_guess = i == 0 && is_right;
       if (!is_guess) wait_full(r, Barrier::kWorkFull, static_cast<int>(i));
@@ -141,13 +173,16 @@ class Cta {
         if (is_limited && slot >= most_in_flight_) wait_full(r, Barrier::kSlotFull, slot - most_in_flight_);
         wait_empty(r, Barrier::kSlotEmpty, slot);
         r.act([this] { ++issued_; });
+        is_shared.push_back(shares_pages_ && k > pieces[i].q_slots);
         ++slot;
       }
       if (is_guess) judge(r, true, 0);
       arrive(r, Barrier::kWorkEmpty, static_cast<int>(i));
     }
+    for (int n = slot; shares_pages_ && n < slot + barriers_.stages(Barrier::kSlotEmpty); ++n)
+      wait_empty(r, Barrier::kSlotEmpty, n);
     roles_.push_back(std::move(r));
-    for (int first = 0; first < 2; ++first) add_copies(first, slot, wrong_slots);
+    for (int first = 0; first < 2; ++first) add_copies(first, is_shared, wrong_slots);
   }
 
   // Of a wrong guess: never read.
@@ -155,21 +190,37 @@ class Cta {
     for (int n = 0; n < slots; ++n) {
       Role r{"copies", {}};
       r.wait([this, n] { return issued_ > n; });
-      r.act([this, n] { slot_content_[static_cast<size_t>(n)] = -1; });
+      r.act([this, n] { content(n) = {-1, -1}; });
       arrive(r, Barrier::kSlotFull, n);
       roles_.push_back(std::move(r));
     }
   }
 
+  // What this CTA asked for lands: where pages are shared half of the slot, in both CTAs, whether the other one has asked for its half or not.
+  void land(int n, bool is_shared) {
+    if (!is_shared) {
+      content(n) = {n, n};
+      return;
+    }
+    REQUIRE(other_->is_running());
+    content(n)[rank_] = n;
+    other_->content(n)[rank_] = n;
+  }
+
   // The bytes of every second slot land, some time after the load was issued: so neighbours land in either order.
-  void add_copies(int first, int slots, int wrong_slots) {
-    Role r{"copies", {}};
-    for (int n = first; n < slots; n += 2) {
-      r.wait([this, n, wrong_slots] { return issued_ > wrong_slots + n; });
-      r.act([this, n] { slot_content_[static_cast<size_t>(n) % slot_content_.size()] = n; });
-      arrive(r, Barrier::kSlotFull, n);
+  void add_copies(int first, const std::vector<bool>& is_shared, int wrong_slots) {
+    Role r{"copies", {}}, counts{"copies", {}};
+    for (size_t at = static_cast<size_t>(first); at < is_shared.size(); at += 2) {
+      const int n = static_cast<int>(at);
+      const bool shared = is_shared[at];
+      const auto is_issued = [this, n, wrong_slots] { return issued_ > wrong_slots + n; };
+      r.wait(is_issued);
+      r.act([this, n, shared] { land(n, shared); });
+      counts.wait([this, n, is_issued] { return is_issued() && content(n) == SlotContent{n, n}; });
+      arrive(counts, Barrier::kSlotFull, n);
     }
     roles_.push_back(std::move(r));
+    roles_.push_back(std::move(counts));
   }
 
   void add_score_warp(const std::vector<Piece>& pieces) {
@@ -180,8 +231,8 @@ class Cta {
       for (int k = 0; k < pieces[i].q_slots; ++k) wait_full(r, Barrier::kSlotFull, slot + k);
       for (int k = 0; k < pieces[i].q_slots; ++k, ++slot) {
         read_slot(r, slot);
-        arrive(r, Barrier::kSlotEmpty, slot);
-        arrive(r, Barrier::kSlotEmpty, slot);
+        release_slot(r, slot);
+        release_slot(r, slot);
       }
       for (int k = 0; k < pieces[i].key_slots; ++k, ++slot) {
         // The kernel may hand the last P over before or after this wait; after is the harder case.
@@ -209,7 +260,7 @@ class Cta {
         wait_full(r, Barrier::kSlotFull, slot);
         wait_full(r, Barrier::kPFull, p);
         read_slot(r, slot);
-        arrive(r, Barrier::kSlotEmpty, slot);
+        release_slot(r, slot);
         arrive(r, Barrier::kPEmpty, p);
       }
       wait_full(r, Barrier::kScaleFull, static_cast<int>(i));
@@ -220,16 +271,21 @@ class Cta {
   }
 
   Barriers barriers_;
-  std::vector<int> slot_content_;
+  std::vector<SlotContent> slot_content_;
   int most_in_flight_;
+  bool shares_pages_;
+  Cta* other_ = nullptr;
+  size_t rank_ = 0;  // in the pair
   int issued_ = 0;
   std::vector<Role> roles_;
 };
 
 // choose picks among the roles that are not done; a role then goes on until it has to wait. Fails if all wait.
-void play(Cta& cta, const std::function<size_t(size_t)>& choose) {
+void play(const std::vector<Cta*>& ctas, const std::function<size_t(size_t)>& choose) {
   std::vector<Role*> open;
-  for (Role& r : cta.roles()) open.push_back(&r);
+  for (Cta* cta : ctas) {
+    for (Role& r : cta->roles()) open.push_back(&r);
+  }
   size_t tries_without_progress = 0;
   while (!open.empty()) {
     const size_t at = choose(open.size());
@@ -242,6 +298,20 @@ void play(Cta& cta, const std::function<size_t(size_t)>& choose) {
   }
 }
 
+// Each order with new CTAs, made by `make`.
+template <class Make>
+void play_orders(std::mt19937& random, const Make& make) {
+  size_t turn = 0;
+  make([&](const std::vector<Cta*>& ctas) { play(ctas, [&](size_t n) { return random() % n; }); });
+  // The first role as far as it gets, then the next: the loader far ahead; and the other way round: everyone waiting for it.
+  make([&](const std::vector<Cta*>& ctas) { play(ctas, [&](size_t n) { return turn++ % n; }); });
+  make([&](const std::vector<Cta*>& ctas) { play(ctas, [&](size_t n) { return n - 1 - turn++ % n; }); });
+}
+
+Guess any_guess(std::mt19937& random) {
+  return {random() % 3 > 0, random() % 2 > 0 ? 2 + static_cast<int>(random() % 2) : 0};
+}
+
 }  // namespace
 
 TEST_CASE("every order of the roles comes to an end") {
@@ -251,15 +321,29 @@ TEST_CASE("every order of the roles comes to an end") {
     for (Piece& piece : pieces) piece = {1 + static_cast<int>(random() % 2), static_cast<int>(random() % 18)};
     for (const int ring_slots : {5, 6}) {
       const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(ring_slots));
-      const Guess guess{random() % 3 > 0, random() % 2 > 0 ? 2 + static_cast<int>(random() % 2) : 0};
-      Cta shuffled(pieces, ring_slots, most_in_flight, guess);
-      play(shuffled, [&](size_t n) { return random() % n; });
-      // The first role as far as it gets, then the next: the loader far ahead; and the other way round: everyone waiting for it.
-      size_t turn = 0;
-      Cta forward(pieces, ring_slots, most_in_flight, guess);
-      play(forward, [&](size_t n) { return turn++ % n; });
-      Cta backward(pieces, ring_slots, most_in_flight, guess);
-      play(backward, [&](size_t n) { return n - 1 - turn++ % n; });
+      const Guess guess = any_guess(random);
+      play_orders(random, [&](const auto& played) {
+        Cta cta(pieces, ring_slots, most_in_flight, guess);
+        played({&cta});
+      });
+    }
+  }
+}
+
+TEST_CASE("every order of two CTAs that share pages comes to an end") {
+  std::mt19937 random(2);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<Piece> pieces(random() % 7);
+    for (Piece& piece : pieces) piece = {2, static_cast<int>(random() % 18)};
+    for (const int ring_slots : {5, 6}) {
+      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(ring_slots - 1));
+      const Guess guesses[] = {any_guess(random), any_guess(random)};
+      play_orders(random, [&](const auto& played) {
+        Cta a(pieces, ring_slots, most_in_flight, guesses[0], true),
+            b(pieces, ring_slots, most_in_flight, guesses[1], true);
+        Cta::join(a, b);
+        played({&a, &b});
+      });
     }
   }
 }

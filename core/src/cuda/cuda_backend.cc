@@ -23,17 +23,22 @@ struct Variant {
   size_t shared_bytes;
 };
 
+template <class T>
+constexpr Variant variant(const char* name) {
+  return {name, T::kConfig, [] { return sm90::decode_kernel(T{}); }, sm90::smem_plan<T::kConfig>().bytes()};
+}
+
 constexpr Variant kVariants[] = {
-#define MLA_VARIANT(name, dtype, head_dim)                                                           \
-  {#name, sm90::Variant_##name::kConfig, [] { return sm90::decode_kernel(sm90::Variant_##name{}); }, \
-   sm90::smem_plan<sm90::Variant_##name::kConfig>().bytes()},
+#define MLA_VARIANT(name, dtype, head_dim) \
+  variant<sm90::Variant_##name<false>>(#name), variant<sm90::Variant_##name<true>>(#name "_pairs"),
 #include "cuda/sm90/variants.inc"
 #undef MLA_VARIANT
 };
 
-const Variant* find_variant(const Problem& p) {
+const Variant* find_variant(const Problem& p, bool shares_pages) {
   for (const Variant& v : kVariants) {
-    if (v.config.dtype == p.q_dtype && v.config.head_dim == p.head_dim) return &v;
+    if (v.config.dtype == p.q_dtype && v.config.head_dim == p.head_dim && v.config.shares_pages == shares_pages)
+      return &v;
   }
   return nullptr;
 }
@@ -93,7 +98,8 @@ Status set_shared_memory(const void* kernel, size_t bytes) {
 Status make_plan(Plan& plan) {
   const Problem& p = plan.problem;
   const DeviceInfo& device = device_info(p.device_id);
-  auto state = std::make_shared<Sm90Plan>(Sm90Plan{find_variant(p), plan_shape(p, device.multiprocessors)});
+  auto state = std::make_shared<Sm90Plan>(Sm90Plan{nullptr, plan_shape(p, device.multiprocessors)});
+  state->variant = find_variant(p, state->shape.shares_pages);
   plan.config = state->shape.config;
   plan.scratch_bytes = state->shape.partial_out_bytes() + state->shape.partial_state_bytes();
   plan.variant = state->variant->name;
@@ -160,7 +166,7 @@ layout::TmaSource q_source(const Plan& plan, const DecodeCall& call, const RowVi
 layout::TmaSource kv_source(const Plan& plan, const DecodeCall& call, const CacheView& kv) {
   const Problem& p = plan.problem;
   const int32_t run = layout::run_rows(p.page_size);
-  const int32_t box_groups = run == layout::kSlotRows ? sm90::kLatentGroups : 1;
+  const int32_t box_groups = run == layout::kSlotRows ? state_of(plan).variant->config.box_groups() : 1;
   if (kv.pages == 0) return {call.schedule, 1, 0, 1, 1, 0, 1, 0, run, box_groups};
   return {kv.data,        p.page_size, kv.token_stride, sm90::kLatentGroups, p.kv_heads, kv.head_stride, kv.pages,
           kv.page_stride, run,         box_groups};

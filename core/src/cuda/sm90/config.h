@@ -26,7 +26,10 @@ inline constexpr int kMergeThreads = 128;  // of the kernel behind mla_merge
 struct DecodeConfig {
   DType dtype;
   int head_dim;
+  bool shares_pages;  // the two CTAs of a cluster walk the same slots of keys: each loads half of a slot for both
 
+  // Column groups of keys that come in one box.
+  MLA_HD constexpr int box_groups() const { return shares_pages ? kLatentGroups / 2 : kLatentGroups; }
   MLA_HD constexpr int groups() const { return head_dim / layout::kGroupColumns; }
   MLA_HD constexpr bool has_rope() const { return groups() > kLatentGroups; }
   MLA_HD constexpr int slot_bytes() const { return groups() * layout::kGroupBytes; }

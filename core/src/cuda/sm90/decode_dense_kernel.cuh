@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/sm90/kernels.h"
+#include "cuda/sm90/ptx/cluster.cuh"
 #include "cuda/sm90/ptx/common.cuh"
 #include "cuda/sm90/ptx/pdl.cuh"
 #include "cuda/sm90/ptx/reg.cuh"
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
   const RoleContext ctx{
       ptx::shared_address(shared), ptx::shared_address(control->barriers), control, thread / 32, thread % 32, thread};
   const int tile = blockIdx.x;
-  if (threadIdx.x == 0) init_barriers(ctx.barriers);
+  if (threadIdx.x == 0) init_barriers<kCfg.shares_pages>(ctx.barriers);
   if (threadIdx.x / 32 == 4) control->zeros[ctx.lane] = 0;
   if (threadIdx.x == kThreads - 1) {
     ptx::prefetch_tensor_map(&p.q_latent);
@@ -40,11 +41,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
     }
   }
   __syncthreads();
+  if constexpr (kCfg.shares_pages) ptx::cluster_arrive_relaxed();
 
   // Each role waits for the kernel before by itself, once it has all that does not depend on it: the first instructions of a role, its
   // registers and the parameters that it needs are found while the other kernel ends.
   if (warpgroup == 0) {
     ptx::setmaxnreg_inc<kScoreRegisters>();
+    if constexpr (kCfg.shares_pages) ptx::cluster_wait();  // the other CTA's barriers are there
     ptx::griddepcontrol_wait();
     Scores<kCfg>{p, ctx}.run_all(tile);
   } else if (warpgroup == 3) {
@@ -56,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
     }
   } else {
     ptx::setmaxnreg_inc<kOutputRegisters>();
+    if constexpr (kCfg.shares_pages) ptx::cluster_wait();
     ptx::griddepcontrol_wait();
     Outputs<kCfg>{p, ctx, warpgroup - 1}.run_all(tile);
   }
@@ -63,10 +67,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
 
 }  // namespace mla::cuda::sm90
 
-// In a file of its own each: compiles the variant and defines its handle.
-#define MLA_INSTANTIATE(name)                                                   \
-  namespace mla::cuda::sm90 {                                                   \
-  const void* decode_kernel(Variant_##name) {                                   \
-    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name>); \
-  }                                                                             \
+// In a file of its own each: compiles the variant and defines its handles.
+#define MLA_INSTANTIATE(name)                                                          \
+  namespace mla::cuda::sm90 {                                                          \
+  const void* decode_kernel(Variant_##name<false>) {                                   \
+    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name<false>>); \
+  }                                                                                    \
+  const void* decode_kernel(Variant_##name<true>) {                                    \
+    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name<true>>);  \
+  }                                                                                    \
   }

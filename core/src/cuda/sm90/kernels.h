@@ -7,12 +7,14 @@
 
 namespace mla::cuda::sm90 {
 
-// One struct a variant; variants.inc is the list.
-#define MLA_VARIANT(name, dtype, head_dim)                         \
-  struct Variant_##name {                                          \
-    static constexpr DecodeConfig kConfig{DType::dtype, head_dim}; \
-  };                                                               \
-  const void* decode_kernel(Variant_##name);
+// One struct a variant; variants.inc is the list. Each comes with and without shared pages.
+#define MLA_VARIANT(name, dtype, head_dim)                                       \
+  template <bool kSharesPages>                                                   \
+  struct Variant_##name {                                                        \
+    static constexpr DecodeConfig kConfig{DType::dtype, head_dim, kSharesPages}; \
+  };                                                                             \
+  const void* decode_kernel(Variant_##name<false>);                              \
+  const void* decode_kernel(Variant_##name<true>);
 #include "cuda/sm90/variants.inc"
 #undef MLA_VARIANT
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/protocol.h"
+#include "cuda/sm90/ptx/cluster.cuh"
 #include "cuda/sm90/ptx/mbarrier.cuh"
 
 namespace mla::cuda::sm90 {
@@ -75,14 +76,24 @@ __device__ __forceinline__ void arrive(uint32_t barriers, uint32_t stage) {
   ptx::mbarrier_arrive(barrier_address<kId>(barriers, stage));
 }
 
-template <uint32_t kIndex = 0>
+// Lets go of a slot of the ring, where pages are shared to the other CTA too.
+template <bool kSharesPages>
+__device__ __forceinline__ void release_slot(uint32_t barriers, uint32_t stage) {
+  arrive<Barrier::kSlotEmpty>(barriers, stage);
+  if constexpr (kSharesPages)
+    ptx::mbarrier_arrive_cluster(
+        ptx::map_to_cta(barrier_address<Barrier::kSlotEmpty>(barriers, stage), ptx::cta_rank() ^ 1));
+}
+
+template <bool kSharesPages, uint32_t kIndex = 0>
 __device__ __forceinline__ void init_barriers(uint32_t barriers) {
   constexpr BarrierSpec kSpec = kBarriers[kIndex];
+  constexpr int kArrivals = arrivals_of(kSpec, kSharesPages);
 #pragma unroll
   for (int stage = 0; stage < kSpec.stages; ++stage)
-    ptx::mbarrier_init(barrier_address<kSpec.id>(barriers, stage), kSpec.arrivals);
+    ptx::mbarrier_init(barrier_address<kSpec.id>(barriers, stage), kArrivals);
   if constexpr (kIndex + 1 < static_cast<uint32_t>(Barrier::kCount)) {
-    init_barriers<kIndex + 1>(barriers);
+    init_barriers<kSharesPages, kIndex + 1>(barriers);
   } else {
     ptx::fence_mbarrier_init();
   }

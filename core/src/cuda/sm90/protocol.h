@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace mla::cuda::sm90 {
 
 inline constexpr int kOutputWarps = 8;  // of both output warpgroups
@@ -41,7 +43,7 @@ inline constexpr BarrierSpec kBarriers[] = {
     {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the slot's bytes)",
      "scores, outputs, loader"},
     {Barrier::kSlotEmpty, "slot_empty", kMaxRingSlots, kOutputWarps, true,
-     "a key slot: each output warp; a Q slot: each score warp twice", "loader"},
+     "a key slot: each output warp; a Q slot: each score warp twice; where pages are shared, of both CTAs", "loader"},
     {Barrier::kPFull, "p_full", kPStages, kScoreWarps, false, "each score warp", "outputs"},
     {Barrier::kPEmpty, "p_empty", kPStages, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kScaleFull, "scale_full", 1, kScaleWriters, false, "each score thread that wrote scales", "outputs"},
@@ -52,6 +54,11 @@ inline constexpr BarrierSpec kBarriers[] = {
      "loader, each score warp, each output warp", "planner"},
     {Barrier::kGuessJudged, "guess_judged", 1, 1, false, "loader", "planner"},
 };
+
+// Where two CTAs share pages both load parts of a slot into both, so a loader waits until both have let go of it.
+MLA_HD constexpr int arrivals_of(BarrierSpec spec, bool shares_pages) {
+  return spec.id == Barrier::kSlotEmpty && shares_pages ? 2 * spec.arrivals : spec.arrivals;
+}
 
 consteval int first_barrier(Barrier id) {
   int index = 0;

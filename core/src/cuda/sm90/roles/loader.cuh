@@ -71,11 +71,12 @@ struct Loader {
     }
   }
 
-  // token: of this lane's run.
+  // token: of this lane's run. kIsShared: with the other CTA of the pair, which does the same.
+  template <bool kIsShared>
   __device__ __forceinline__ void load_slot(const Work& work, int32_t token, int32_t page) {
     begin_slot(kCfg.slot_bytes());
-    load_key_rows<kCfg>(slot_address(), slot_barrier(), &p.kv_latent, &p.kv_rope, p.kv_run, ctx.lane,
-                        {p.page_size.remainder(token, p.page_size.quotient(token)), work.kv_head, page});
+    load_key_rows<kCfg, kIsShared>(slot_address(), slot_barrier(), &p.kv_latent, &p.kv_rope, p.kv_run, ctx.lane,
+                                   {p.page_size.remainder(token, p.page_size.quotient(token)), work.kv_head, page});
     end_slot();
   }
 
@@ -92,7 +93,7 @@ struct Loader {
            first_run += layout::kSlotRows / run) {
         const int32_t slot_page = __shfl_sync(ptx::kWholeWarp, page, first_run + ctx.lane);
         limit_flight();
-        load_slot(work, token, slot_page);
+        load_slot<kCfg.shares_pages>(work, token, slot_page);
         token += layout::kSlotRows;
       }
       first_run = 0;
@@ -110,7 +111,8 @@ struct Loader {
         token >= work.end_block * kBlockTokens)
       return;
     const int32_t row = p.page_size.remainder(token, p.page_size.quotient(token));
-    ptx::tma_prefetch_5d(&p.kv_latent, {{0, row, 0, work.kv_head, page}});
+    const int32_t group = kCfg.shares_pages ? static_cast<int32_t>(ptx::cta_rank()) * kCfg.box_groups() : 0;
+    ptx::tma_prefetch_5d(&p.kv_latent, {{0, row, group, work.kv_head, page}});
     if constexpr (kCfg.has_rope()) ptx::tma_prefetch_5d(&p.kv_rope, {{0, row, 0, work.kv_head, page}});
   }
 
@@ -124,7 +126,7 @@ struct Loader {
       prefetch_keys(work, page);
       load_q<true>(work);
       const Guess::Again now = guess.read_again();
-      load_slot(work, first_token(p, work.begin_block, ctx.lane), page);
+      load_slot<false>(work, first_token(p, work.begin_block, ctx.lane), page);
       is_right = guess.is_right(now, page);
       for (; !is_right && in_flight > 0; --in_flight, landing.advance()) {
         wait_full<Barrier::kSlotFull>(ctx.barriers, landing);
@@ -143,22 +145,36 @@ struct Loader {
     return is_right;
   }
 
+  // Until both CTAs of the pair have let go of all slots: then nothing is under way any more from one to the other.
+  __device__ __forceinline__ void drain() {
+#pragma unroll 1
+    for (int i = 0; i < kCfg.ring_slots(); ++i, ring.advance()) wait_empty<Barrier::kSlotEmpty>(ctx.barriers, ring);
+  }
+
   __device__ __forceinline__ void run_all() {
     int32_t first_page;
     bool is_begun = load_guess(first_page);
+    if constexpr (kCfg.shares_pages) ptx::cluster_wait();  // the other CTA's barriers are there
     for (WorkCursor at;; at.advance()) {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
-      if (work.request < 0) return;
+      if (work.request < 0) break;
       if (!is_begun) {
         first_page = first_page_of(p, work, ctx.lane);  // in flight while Q is issued
         load_q<false>(work);
+        if constexpr (kCfg.shares_pages) {
+          limit_flight();
+          if (work.begin_block < work.end_block)
+            load_slot<false>(work, first_token(p, work.begin_block, ctx.lane), first_page);
+        }
       }
-      load_keys(work, first_page, is_begun ? layout::kSlotRows / p.kv_run : 0);
+      // Of two CTAs that share pages one may have guessed the first slot: each loads it for itself.
+      load_keys(work, first_page, is_begun || kCfg.shares_pages ? layout::kSlotRows / p.kv_run : 0);
       is_begun = false;
       __syncwarp();
       if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
     }
+    if constexpr (kCfg.shares_pages) drain();
   }
 };
 

@@ -71,7 +71,7 @@ struct Outputs {
     ptx::wgmma_pin(o[0]);
     ptx::wgmma_pin(o[1]);
     if (ctx.lane == 0) {
-      arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
+      release_slot<kCfg.shares_pages>(ctx.barriers, ring.stage());
       arrive<Barrier::kPEmpty>(ctx.barriers, p_at.stage());
     }
     ring.advance();

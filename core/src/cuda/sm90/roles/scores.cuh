@@ -56,8 +56,8 @@ struct Scores {
     ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);
     for (int half = 0; half < q_slots(rows); ++half) {
       if (ctx.lane == 0) {
-        arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
-        arrive<Barrier::kSlotEmpty>(ctx.barriers, ring.stage());
+        release_slot<kCfg.shares_pages>(ctx.barriers, ring.stage());
+        release_slot<kCfg.shares_pages>(ctx.barriers, ring.stage());
       }
       ring.advance();
     }

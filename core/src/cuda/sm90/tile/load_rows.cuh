@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/ptx/cluster.cuh"
 #include "cuda/sm90/ptx/tma.cuh"
 
 namespace mla::cuda::sm90 {
@@ -15,19 +16,35 @@ struct RunOrigin {
 
 inline constexpr uint32_t kRopeOffset = kLatentGroups * layout::kGroupBytes;  // of the rope group in a slot
 
-// Keys lie as wgmma wants them: [group, 32 rows, 128 bytes]. A run of a whole slot is one box; of shorter ones each group is a box.
-template <DecodeConfig kCfg>
+template <bool kIsShared>
+__device__ __forceinline__ void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
+                                         const ptx::TmaCoordinates& at) {
+  constexpr uint16_t kBoth = 3;
+  if constexpr (kIsShared) {
+    ptx::tma_multicast_5d(shared, map, barrier, at, kBoth);
+  } else {
+    ptx::tma_load_5d(shared, map, barrier, at);
+  }
+}
+
+// Keys lie as wgmma wants them: [group, 32 rows, 128 bytes]. A run of a whole slot is one box of all groups that this CTA loads; of shorter runs each
+// group is a box. kIsShared: both CTAs of a cluster call this; one loads the first half of the latent groups and the rope into both, one the rest.
+template <DecodeConfig kCfg, bool kIsShared>
 __device__ __forceinline__ void load_key_rows(uint32_t slot, uint32_t barrier, const CUtensorMap* latent,
                                               const CUtensorMap* rope, int run, int lane, const RunOrigin& at) {
   if (lane * run >= layout::kSlotRows) return;
   const uint32_t rows = slot + lane * run * layout::kSwizzleRowBytes;
-  const int boxes = run == layout::kSlotRows ? 1 : kLatentGroups;
+  const int rank = kIsShared ? static_cast<int>(ptx::cta_rank()) : 0;
+  const int first = rank * kCfg.box_groups(), end = kIsShared ? first + kCfg.box_groups() : kLatentGroups;
+  const int step = run == layout::kSlotRows ? kCfg.box_groups() : 1;
 #pragma unroll 1
-  for (int group = 0; group < boxes; ++group) {
-    ptx::tma_load_5d(rows + group * layout::kGroupBytes, latent, barrier, {{0, at.row, group, at.outer, at.outermost}});
+  for (int group = first; group < end; group += step) {
+    load_box<kIsShared>(rows + group * layout::kGroupBytes, latent, barrier,
+                        {{0, at.row, group, at.outer, at.outermost}});
   }
-  if constexpr (kCfg.has_rope())
-    ptx::tma_load_5d(rows + kRopeOffset, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
+  if constexpr (kCfg.has_rope()) {
+    if (rank == 0) load_box<kIsShared>(rows + kRopeOffset, rope, barrier, {{0, at.row, 0, at.outer, at.outermost}});
+  }
 }
 
 // Rows of Q are read by ldmatrix, which takes any place: the latent groups of a run lie together, [run, group, rows of the run, 128 bytes].
