@@ -241,6 +241,10 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.config = plan.config;
   params.layout = plan.layout();
   params.schedule = call.schedule;
+  params.schedule_at = {static_cast<uint32_t>(params.layout.len_offset()),
+                        static_cast<uint32_t>(params.layout.q_begin_offset()),
+                        static_cast<uint32_t>(params.layout.slot_prefix_offset()),
+                        static_cast<uint32_t>(params.layout.boundary_offset())};
   params.block_table = call.block_table;
   params.result = result_params(plan, call);
   params.batch = call.batch;
@@ -250,7 +254,6 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   // Measured, see sm90/README.md.
   params.most_in_flight = state.shape.tiles > 1 ? 3 : 2;
   params.prefetched_slots = 4;
-  params.prefetched_slots_if_cut = state.shape.tiles > 1 ? 0 : 2;
   params.kv_run = layout::run_rows(p.page_size);
   params.q_run = layout::run_rows(p.heads_per_kv_head());
   params.scale_log2e = p.softmax_scale * math::kLog2e;

@@ -16,6 +16,7 @@ inline constexpr int kQuarterColumns =
 inline constexpr int kLatentGroups = 8;  // column groups of the value part
 inline constexpr int kThreads = 512;     // four warpgroups
 inline constexpr int kMathThreads = 128;
+inline constexpr int kLoaderWarp = 12;
 
 inline constexpr int kScheduleThreads = 256;
 inline constexpr int kCombineWarps = 8;

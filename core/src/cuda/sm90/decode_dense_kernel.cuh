@@ -30,6 +30,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
   const RoleContext ctx{
       ptx::shared_address(shared), ptx::shared_address(control->barriers), control, thread / 32, thread % 32, thread};
   const int tile = blockIdx.x;
+  Guess guess{p, ctx};
+  if (threadIdx.x / 32 == kLoaderWarp) guess.begin();
   if (threadIdx.x == 0) init_barriers<kCfg.shares_pages>(ctx.barriers);
   if (threadIdx.x / 32 == 4) control->zeros[ctx.lane] = 0;
   if (threadIdx.x == kThreads - 1) {
@@ -52,8 +54,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
     Scores<kCfg>{p, ctx}.run_all(tile);
   } else if (warpgroup == 3) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
-    if (ctx.warp == 0) {
-      Loader<kCfg>{p, ctx}.run_all();
+    if (ctx.warp == kLoaderWarp % 4) {
+      Loader<kCfg>{p, ctx, guess}.run_all();
     } else if (ctx.warp == 1 && ctx.lane == 0) {
       run_planner(p, ctx, tile, blockIdx.y);
     }

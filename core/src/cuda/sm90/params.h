@@ -31,14 +31,17 @@ struct DecodeParams {
   schedule::Config config;
   schedule::Layout layout;
   const std::byte* schedule;
+  struct {
+    uint32_t len, q_begin, slot_prefix, boundary;
+  } schedule_at;  // the layout's offsets
   TableView block_table;
   ResultParams result;
   int32_t batch;
   layout::Divider page_size, heads_per_kv_head, kv_heads;
-  int32_t most_in_flight;  // slots of a CTA that are being loaded at the same time, but one more for Q; < ring_slots
-  int32_t prefetched_slots, prefetched_slots_if_cut;  // of the first piece, while the kernel before decode ends
-  int32_t kv_run;                                     // layout::run_rows of a page
-  int32_t q_run;                                      // layout::run_rows of the heads of a query token
+  int32_t most_in_flight;    // slots of a CTA that are being loaded at the same time, but one more for Q; < ring_slots
+  int32_t prefetched_slots;  // of the first piece where it is whole, while the kernel before decode ends
+  int32_t kv_run;            // layout::run_rows of a page
+  int32_t q_run;             // layout::run_rows of the heads of a query token
   float scale_log2e;
   bool is_causal;
   Int32View global_seqlens;  // causal shards only, else data = nullptr

@@ -20,6 +20,7 @@ template <DecodeConfig kCfg>
 struct Loader {
   const DecodeParams& p;
   const RoleContext& ctx;
+  Guess& guess;  // begun
   Cursor<kCfg.ring_slots()> ring;
   Cursor<kCfg.ring_slots()> landing;  // the oldest slot whose bytes were not seen to be there
   int32_t in_flight = 0;
@@ -35,10 +36,11 @@ struct Loader {
       wait_full<Barrier::kSlotFull>(ctx.barriers, landing);
   }
 
-  // Claims the next slot: when this returns, it is empty and its barrier expects the bytes.
+  // Claims the next slot: when this returns, it is empty and its barrier expects the bytes. kIsNew: it never held anything.
+  template <bool kIsNew>
   __device__ __forceinline__ void begin_slot(uint32_t bytes) {
     ++in_flight;
-    wait_empty<Barrier::kSlotEmpty>(ctx.barriers, ring);
+    if constexpr (!kIsNew) wait_empty<Barrier::kSlotEmpty>(ctx.barriers, ring);
     if (ctx.lane == 0) ptx::mbarrier_arrive_expect_tx(slot_barrier(), bytes);
     __syncwarp();
   }
@@ -48,33 +50,32 @@ struct Loader {
     ring.advance();
   }
 
-  // waits: for the kernels before, which wrote Q, as late as can be.
-  template <bool kWaits>
+  // kIsGuess: waits for the kernels before, which wrote Q, as late as can be.
+  template <bool kIsGuess>
   __device__ __forceinline__ void load_q(const Work& work) {
     const int32_t heads = p.config.heads_per_kv_head;
     const int32_t rows = tile_rows(p.config, work);
-    if constexpr (!kWaits) limit_flight();  // where Q takes two slots it is one more: the keys wait for that
+    if constexpr (!kIsGuess) limit_flight();  // where Q takes two slots it is one more: the keys wait for that
 #pragma unroll 1
     for (int half = 0; half < q_slots(rows); ++half) {
       const int32_t first = half * layout::kSlotRows;
       const int32_t row = first + ctx.lane * p.q_run;  // of this lane's run, in the tile
-      begin_slot(min(rows - first, layout::kSlotRows) * kCfg.groups() * layout::kSwizzleRowBytes);
-      if constexpr (kWaits) ptx::griddepcontrol_wait();
-      if (row < rows && ctx.lane * p.q_run < layout::kSlotRows) {
-        const int32_t at = work.first_row + row;
-        const int32_t token = p.heads_per_kv_head.quotient(at), head = p.heads_per_kv_head.remainder(at, token);
-        load_query_rows<kCfg>(slot_address(), slot_barrier(), &p.q_latent, &p.q_rope, p.q_run, ctx.lane,
-                              {work.kv_head * heads + head, p.result.is_ragged ? work.q_begin + token : token,
-                               p.result.is_ragged ? 0 : work.request});
-      }
+      const int32_t at_row = work.first_row + row;
+      const int32_t token = p.heads_per_kv_head.quotient(at_row), head = p.heads_per_kv_head.remainder(at_row, token);
+      const RunOrigin at{work.kv_head * heads + head, p.result.is_ragged ? work.q_begin + token : token,
+                         p.result.is_ragged ? 0 : work.request};
+      begin_slot<kIsGuess>(min(rows - first, layout::kSlotRows) * kCfg.groups() * layout::kSwizzleRowBytes);
+      if constexpr (kIsGuess) ptx::griddepcontrol_wait();
+      if (row < rows && ctx.lane * p.q_run < layout::kSlotRows)
+        load_query_rows<kCfg>(slot_address(), slot_barrier(), &p.q_latent, &p.q_rope, p.q_run, ctx.lane, at);
       end_slot();
     }
   }
 
   // token: of this lane's run. kIsShared: with the other CTA of the pair, which does the same.
-  template <bool kIsShared>
+  template <bool kIsShared, bool kIsGuess = false>
   __device__ __forceinline__ void load_slot(const Work& work, int32_t token, int32_t page) {
-    begin_slot(kCfg.slot_bytes());
+    begin_slot<kIsGuess>(kCfg.slot_bytes());
     load_key_rows<kCfg, kIsShared>(slot_address(), slot_barrier(), &p.kv_latent, &p.kv_rope, p.kv_run, ctx.lane,
                                    {p.page_size.remainder(token, p.page_size.quotient(token)), work.kv_head, page});
     end_slot();
@@ -101,33 +102,27 @@ struct Loader {
   }
 
   // Brings the first keys of a guessed piece into the second-level cache while the kernels before end: nobody reads them, so it does not matter
-  // what those kernels still write. Decode starts later after a call that cut items, because combine takes the multiprocessors: then it
-  // brings less, and not the slot that it asks for next.
-  __device__ __forceinline__ void prefetch_keys(const Work& work, int32_t page) const {
+  // what those kernels still write. Not of a piece of an item that was cut: then combine holds the multiprocessors and decode starts so late
+  // that there is no time for it.
+  __device__ __forceinline__ void prefetch_keys(const Work& work) const {
+    if (p.kv_run != layout::kSlotRows || ctx.lane >= p.prefetched_slots || guess.page < 0 || !guess.is_whole()) return;
     const int32_t token = first_token(p, work.begin_block, ctx.lane);
-    const bool is_whole = work.slot == kWholeItem;
-    if (p.kv_run != layout::kSlotRows || ctx.lane < (is_whole ? 0 : 1) ||
-        ctx.lane >= (is_whole ? p.prefetched_slots : p.prefetched_slots_if_cut) ||
-        token >= work.end_block * kBlockTokens)
-      return;
     const int32_t row = p.page_size.remainder(token, p.page_size.quotient(token));
     const int32_t group = kCfg.shares_pages ? static_cast<int32_t>(ptx::cta_rank()) * kCfg.box_groups() : 0;
-    ptx::tma_prefetch_5d(&p.kv_latent, {{0, row, group, work.kv_head, page}});
-    if constexpr (kCfg.has_rope()) ptx::tma_prefetch_5d(&p.kv_rope, {{0, row, 0, work.kv_head, page}});
+    ptx::tma_prefetch_5d(&p.kv_latent, {{0, row, group, work.kv_head, guess.page}});
+    if constexpr (kCfg.has_rope()) ptx::tma_prefetch_5d(&p.kv_rope, {{0, row, 0, work.kv_head, guess.page}});
   }
 
   // Asks for Q and the first keys of the first piece by a guess. Whether it was right; if not, the ring is as if nothing had been loaded.
-  // page: first_page_of a right guess.
-  __device__ __forceinline__ bool load_guess(int32_t& page) {
-    const Guess guess{p, ctx};
+  __device__ __forceinline__ bool load_guess() {
     const Work& work = ctx.control->work[0];
-    bool is_right = guess.make(page);
+    bool is_right = guess.find();
     if (is_right) {
-      prefetch_keys(work, page);
+      prefetch_keys(work);
       load_q<true>(work);
       const Guess::Again now = guess.read_again();
-      load_slot<false>(work, first_token(p, work.begin_block, ctx.lane), page);
-      is_right = guess.is_right(now, page);
+      load_slot<false, true>(work, first_token(p, work.begin_block, ctx.lane), guess.page);
+      is_right = guess.complete(now);
       for (; !is_right && in_flight > 0; --in_flight, landing.advance()) {
         wait_full<Barrier::kSlotFull>(ctx.barriers, landing);
         __syncwarp();
@@ -152,8 +147,8 @@ struct Loader {
   }
 
   __device__ __forceinline__ void run_all() {
-    int32_t first_page;
-    bool is_begun = load_guess(first_page);
+    bool is_begun = load_guess();
+    int32_t first_page = guess.page;
     if constexpr (kCfg.shares_pages) ptx::cluster_wait();  // the other CTA's barriers are there
     for (WorkCursor at;; at.advance()) {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);

@@ -5,15 +5,16 @@
 
 namespace mla::cuda::sm90 {
 
-// The page of a request's token >= 0; -1 (reads as zeros) past the table.
-__device__ __forceinline__ int32_t page_at(const DecodeParams& p, int32_t request, int32_t token) {
+// Where the page of a request's token >= 0 is; nullptr past the table.
+__device__ __forceinline__ const int32_t* place_of_page(const DecodeParams& p, int32_t request, int32_t token) {
   const int32_t index = p.page_size.quotient(token);
-  return index < p.block_table.width ? __ldcg(p.block_table.data + request * p.block_table.row_stride + index) : -1;
+  return index < p.block_table.width ? p.block_table.data + request * p.block_table.row_stride + index : nullptr;
 }
 
-// -1 past the request's end too.
+// -1 (reads as zeros) past the table and past the request's end.
 __device__ __forceinline__ int32_t page_of(const DecodeParams& p, const Work& work, int32_t token) {
-  return token < work.len_tokens ? page_at(p, work.request, token) : -1;
+  const int32_t* place = token < work.len_tokens ? place_of_page(p, work.request, token) : nullptr;
+  return place != nullptr ? __ldcg(place) : -1;
 }
 
 // A window is 32 runs of tokens, one a lane: where this lane's begins in the first window from a block on, and its page.

@@ -26,8 +26,9 @@ __device__ __forceinline__ void run_planner(const DecodeParams& p, const RoleCon
       }
     }
     wait_empty<Barrier::kWorkEmpty>(ctx.barriers, at);
-    write_work(p, piece, tile, view.len()[piece.request], view.q_begin()[piece.request], view.q_tokens(piece.request),
-               ctx.control->work[at.stage()]);
+    Work& work = ctx.control->work[at.stage()];
+    write_rows(p, piece.request, piece.item, tile, view.q_begin()[piece.request], view.q_tokens(piece.request), work);
+    write_keys(p, piece, view.len()[piece.request], work);
     arrive<Barrier::kWorkFull>(ctx.barriers, at.stage());
     at.advance();
   });

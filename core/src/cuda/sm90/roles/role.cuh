@@ -17,18 +17,21 @@ __device__ __forceinline__ int32_t first_row_of(const DecodeParams& p, int32_t r
   return row_group * p.config.item_rows + tile * kTileRows;
 }
 
-// A piece as the CTAs of a row tile see it. The fields are written one by one: those who do this have few registers.
-__device__ __forceinline__ void write_work(const DecodeParams& p, const schedule::Piece& piece, int tile, int32_t len,
+// A piece as the CTAs of a row tile see it: whose rows, and which keys. The fields are written one by one: those who do this have few registers.
+__device__ __forceinline__ void write_rows(const DecodeParams& p, int32_t request, int32_t item, int tile,
                                            int32_t q_begin, int32_t q_tokens, Work& work) {
-  const int32_t row_group = p.kv_heads.quotient(piece.item);
-  work.request = piece.request;
-  work.begin_block = piece.begin_block;
-  work.end_block = piece.end_block;
-  work.len_tokens = len;
+  const int32_t row_group = p.kv_heads.quotient(item);
+  work.request = request;
   work.q_tokens = q_tokens;
   work.q_begin = q_begin;
   work.first_row = first_row_of(p, row_group, tile);
-  work.kv_head = p.kv_heads.remainder(piece.item, row_group);
+  work.kv_head = p.kv_heads.remainder(item, row_group);
+}
+__device__ __forceinline__ void write_keys(const DecodeParams& p, const schedule::Piece& piece, int32_t len,
+                                           Work& work) {
+  work.begin_block = piece.begin_block;
+  work.end_block = piece.end_block;
+  work.len_tokens = len;
   work.slot = piece.slot < 0 ? kWholeItem : piece.slot < p.config.slots ? static_cast<int32_t>(piece.slot) : kDropped;
 }
 
