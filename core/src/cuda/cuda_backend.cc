@@ -1,6 +1,7 @@
 // The sm_90a backend: problem -> variant and shape, calls -> kernel parameters and launches.
 #include "cuda/cuda_backend.h"
 
+#include <bit>
 #include <cstdint>
 #include <memory>
 
@@ -182,6 +183,7 @@ sm90::ResultParams result_params(const Plan& plan, const DecodeCall& call) {
   result.lse_unit = p.is_lse_base2 ? 1.0f : math::kLn2;
   result.is_ragged = p.is_ragged;
   result.is_out_fp32 = p.out_dtype == DType::kFp32;
+  result.heads = layout::Divider::by(p.heads_per_kv_head());
   result.partial_out = reinterpret_cast<float*>(call.scratch);
   result.partial_state = reinterpret_cast<layout::PartialState*>(call.scratch + shape.partial_out_bytes());
   result.partial = shape.partial;
@@ -241,15 +243,10 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   params.config = plan.config;
   params.layout = plan.layout();
   params.schedule = call.schedule;
-  params.schedule_at = {static_cast<uint32_t>(params.layout.len_offset()),
-                        static_cast<uint32_t>(params.layout.q_begin_offset()),
-                        static_cast<uint32_t>(params.layout.slot_prefix_offset()),
-                        static_cast<uint32_t>(params.layout.boundary_offset())};
   params.block_table = call.block_table;
   params.result = result_params(plan, call);
   params.batch = call.batch;
   params.page_size = layout::Divider::by(p.page_size);
-  params.heads_per_kv_head = layout::Divider::by(p.heads_per_kv_head());
   params.kv_heads = layout::Divider::by(p.kv_heads);
   // Measured, see sm90/README.md.
   params.most_in_flight = state.shape.tiles > 1 ? 3 : 2;
@@ -276,8 +273,10 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
                                            params.result,
                                            call.batch,
                                            static_cast<int32_t>(p.q_len),
-                                           combine.warps_of_tile,
-                                           combine.is_by_item ? shape.items_per_request : 0};
+                                           std::countr_zero(static_cast<uint32_t>(combine.warps_of_tile)),
+                                           combine.is_by_item,
+                                           layout::Divider::by(shape.items_per_request),
+                                           params.kv_heads};
   return launch(sm90::combine_kernel_handle(p.q_dtype, combine.tiles_of_warp), "combine kernel", combine.launch,
                 combine_params, stream);
 }

@@ -10,7 +10,7 @@ namespace mla::layout {
 
 // Of a row of a partial result: its O and its sum of exponentials are relative to 2^maximum. A row that saw nothing has maximum -inf, sum 0
 // and O 0; a normalised O with its lse in base 2 and sum 1 is a partial result too.
-struct PartialState {
+struct alignas(8) PartialState {  // read by one instruction
   float maximum, sum;
 };
 

@@ -30,25 +30,23 @@ inline constexpr size_t kAlignment = 256;
 // In len: the request's length was outside [0, max_len], which only a device sees so late. Its rows come out as NaN.
 inline constexpr int32_t kInvalidLen = -1;
 
+// Where each array begins, in bytes. As numbers, because kernels that run for microseconds have no time to work them out.
 struct Layout {
-  int64_t max_batch;
-  int32_t parts;
+  size_t len = sizeof(Header), q_begin = 0, cost_prefix = 0, slot_prefix = 0, boundary = 0, end = 0;
 
-  MLA_HD static constexpr size_t align16(size_t n) { return (n + 15) / 16 * 16; }
-  MLA_HD constexpr size_t len_offset() const { return sizeof(Header); }
-  MLA_HD constexpr size_t q_begin_offset() const { return align16(len_offset() + 4 * static_cast<size_t>(max_batch)); }
-  MLA_HD constexpr size_t cost_prefix_offset() const {
-    return align16(q_begin_offset() + 4 * static_cast<size_t>(max_batch + 1));
+  constexpr Layout() = default;
+  constexpr Layout(int64_t max_batch, int32_t parts) {
+    const size_t batch = static_cast<size_t>(max_batch);
+    q_begin = align16(len + 4 * batch);
+    cost_prefix = align16(q_begin + 4 * (batch + 1));
+    slot_prefix = align16(cost_prefix + 8 * (batch + 1));
+    boundary = align16(slot_prefix + 8 * (batch + 1));
+    end = boundary + sizeof(Boundary) * (static_cast<size_t>(parts) + 1);
   }
-  MLA_HD constexpr size_t slot_prefix_offset() const {
-    return align16(cost_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1));
-  }
-  MLA_HD constexpr size_t boundary_offset() const {
-    return align16(slot_prefix_offset() + 8 * static_cast<size_t>(max_batch + 1));
-  }
-  MLA_HD constexpr size_t bytes() const {
-    return boundary_offset() + sizeof(Boundary) * static_cast<size_t>(parts + 1);
-  }
+  constexpr size_t bytes() const { return end; }
+
+ private:
+  static constexpr size_t align16(size_t n) { return (n + 15) / 16 * 16; }
 };
 
 // Byte is std::byte to write, const std::byte to read.
@@ -69,11 +67,11 @@ class BasicView {
  public:
   MLA_HD constexpr BasicView(Byte* base, const Layout& layout) : base_(base), layout_(layout) {}
   MLA_HD Ptr<Header> header() const { return at<Header>(0); }
-  MLA_HD Ptr<int32_t> len() const { return at<int32_t>(layout_.len_offset()); }
-  MLA_HD Ptr<int32_t> q_begin() const { return at<int32_t>(layout_.q_begin_offset()); }
-  MLA_HD Ptr<int64_t> cost_prefix() const { return at<int64_t>(layout_.cost_prefix_offset()); }
-  MLA_HD Ptr<int64_t> slot_prefix() const { return at<int64_t>(layout_.slot_prefix_offset()); }
-  MLA_HD Ptr<Boundary> boundary() const { return at<Boundary>(layout_.boundary_offset()); }
+  MLA_HD Ptr<int32_t> len() const { return at<int32_t>(layout_.len); }
+  MLA_HD Ptr<int32_t> q_begin() const { return at<int32_t>(layout_.q_begin); }
+  MLA_HD Ptr<int64_t> cost_prefix() const { return at<int64_t>(layout_.cost_prefix); }
+  MLA_HD Ptr<int64_t> slot_prefix() const { return at<int64_t>(layout_.slot_prefix); }
+  MLA_HD Ptr<Boundary> boundary() const { return at<Boundary>(layout_.boundary); }
   MLA_HD int32_t q_tokens(int32_t request) const { return q_begin()[request + 1] - q_begin()[request]; }
 
  private:

@@ -14,46 +14,63 @@ namespace mla::cuda::sm90 {
 using layout::PartialLayout;
 using layout::PartialState;
 
-// Cell 0 of the item that blockIdx.x stands for, see CombineParams; request = batch: none.
-__device__ __forceinline__ schedule::Boundary item_of_block(const CombineParams& p, const schedule::ConstView& view) {
-  const schedule::Boundary none{p.batch, 0, 0, 0};
-  if (p.items_per_request > 0) {
-    const int32_t request = static_cast<int32_t>(blockIdx.x) / p.items_per_request;
-    return {request, static_cast<int32_t>(blockIdx.x) % p.items_per_request, 0, 0};
+// Two neighbours of the schedule's boundaries, each read by one instruction.
+struct PartRange {
+  schedule::Boundary begin, end;
+
+  __device__ __forceinline__ PartRange(const schedule::ConstView& view, int32_t part)
+      : begin(read(view.boundary() + part)), end(read(view.boundary() + part + 1)) {}
+
+ private:
+  __device__ __forceinline__ static schedule::Boundary read(const schedule::Boundary* at) {
+    const int4 v = *reinterpret_cast<const int4*>(at);
+    return {v.x, v.y, v.z, v.w};
   }
-  const schedule::Boundary before = view.boundary()[blockIdx.x], at = view.boundary()[blockIdx.x + 1];
-  const bool is_first_cut =
-      at.block > 0 && !(before.request == at.request && before.item == at.item && before.block > 0);
-  return is_first_cut && at.request < p.batch ? schedule::Boundary{at.request, at.item, 0, 0} : none;
+};
+
+__device__ __forceinline__ bool is_same_item(const schedule::Boundary& a, const schedule::Boundary& b) {
+  return a.request == b.request && a.item == b.item;
 }
 
-// What one round of list_slots shares between the warps.
+// Cell 0 of the item that blockIdx.x stands for, see CombineParams; request = batch: none.
+__device__ __forceinline__ schedule::Boundary item_of_block(const CombineParams& p, const schedule::ConstView& view) {
+  if (p.is_by_item) {
+    const int32_t item = static_cast<int32_t>(blockIdx.x), request = p.items_per_request.quotient(item);
+    return {request, p.items_per_request.remainder(item, request), 0, 0};
+  }
+  const PartRange part(view, static_cast<int32_t>(blockIdx.x));
+  const bool is_first_cut = part.end.block > 0 && !(is_same_item(part.begin, part.end) && part.begin.block > 0);
+  return is_first_cut && part.end.request < p.batch ? schedule::Boundary{part.end.request, part.end.item, 0, 0}
+                                                    : schedule::Boundary{p.batch, 0, 0, 0};
+}
+
+// What one round of a list of slots shares between the warps.
 struct SlotList {
   int32_t slots[kCombineThreads];
   int32_t before[kCombineWarps];  // balanced: pieces that each warp found
 };
 
-// Lists the slots of the item's pieces in order, from number `round` on, as many as the CTA has threads; returns how many. Every thread
-// calls this. balanced: a thread for each part (a plan has no more), so there is one round; parts that came out empty are left out.
-__device__ __forceinline__ int list_slots(const CombineParams& p, const schedule::ConstView& view,
-                                          const schedule::Boundary& item, int64_t round, SlotList& list) {
+// fixed_chunk: the slots of the item's pieces in order, from number `round` on, as many as the CTA has threads; returns how many. Every thread
+// calls this, and the next one.
+__device__ __forceinline__ int list_chunks(const CombineParams& p, const schedule::ConstView& view,
+                                           const schedule::Boundary& item, int64_t round, SlotList& list) {
   const int32_t thread = threadIdx.x;
-  if (p.config.chunk_blocks > 0) {
-    if (item.request >= view.header()->batch) return 0;
-    const int32_t chunks = p.config.chunks(view.len()[item.request]);
-    const int64_t slot = view.slot_prefix()[item.request] + int64_t{item.item} * chunks + round + thread;
-    list.slots[thread] = slot < p.config.slots ? static_cast<int32_t>(slot) : kDropped;
-    return __syncthreads_count(round + thread < chunks);
-  }
-  const bool is_part = thread < p.config.parts;
-  const schedule::Boundary begin = view.boundary()[is_part ? thread : 0],
-                           end = view.boundary()[is_part ? thread + 1 : 0];
-  const bool begins_in_time =
-      begin.request < item.request || (begin.request == item.request && begin.item <= item.item);
-  const bool reaches = is_part && schedule::is_before(item, end);  // past the item's first cell
-  const bool is_inside = begin.request == item.request && begin.item == item.item && begin.block > 0;
-  const bool is_empty = is_inside && end.request == item.request && end.item == item.item && end.block == begin.block;
-  const bool is_piece = reaches && begins_in_time && !is_empty;
+  if (item.request >= view.header()->batch) return 0;
+  const int32_t chunks = p.config.chunks(view.len()[item.request]);
+  const int64_t slot = view.slot_prefix()[item.request] + int64_t{item.item} * chunks + round + thread;
+  list.slots[thread] = slot < p.config.slots ? static_cast<int32_t>(slot) : kDropped;
+  return __syncthreads_count(round + thread < chunks);
+}
+
+// balanced: all of them; part is this thread's (a plan has no more parts). Parts that came out empty are left out.
+__device__ __forceinline__ int list_parts(const CombineParams& p, const PartRange& part, const schedule::Boundary& item,
+                                          SlotList& list) {
+  const int32_t thread = threadIdx.x;
+  const bool begins_in_item = is_same_item(part.begin, item), is_inside = begins_in_item && part.begin.block > 0;
+  const bool is_empty = is_inside && is_same_item(part.end, item) && part.end.block == part.begin.block;
+  // Past the item's first cell, and not behind the item.
+  const bool reaches = thread < p.config.parts && schedule::is_before(item, part.end);
+  const bool is_piece = reaches && !is_empty && (begins_in_item || schedule::is_before(part.begin, item));
   const unsigned of_warp = __ballot_sync(ptx::kWholeWarp, is_piece);
   const int warp = thread / 32, lane = thread % 32;
   if (lane == 0) list.before[warp] = __popc(of_warp);
@@ -109,7 +126,8 @@ struct Merge {
   }
 };
 
-// Adds the partials slots[first], slots[first + stride], ... below count; kAtOnce of them are loaded together.
+// Adds the partials slots[first], slots[first + stride], ... below count; kAtOnce of them are loaded together. Waits for decode when it knows
+// where the first ones are.
 template <int kTiles, int kAtOnce>
 __device__ __forceinline__ void merge_slots(const ResultParams& result, const int32_t* slots, int first, int stride,
                                             int count, int strip, int tile, int lane, Merge<kTiles>& m) {
@@ -121,23 +139,30 @@ __device__ __forceinline__ void merge_slots(const ResultParams& result, const in
                  out_floats = static_cast<uint32_t>(result.partial.out_floats());
 #pragma unroll 1
   for (int i = first; i < count; i += stride * kAtOnce) {
+    int32_t slot[kAtOnce];
+    const PartialState* row[kAtOnce];
+    const float* source[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      slot[u] = i + u * stride < count ? slots[i + u * stride] : kNoPiece;
+      row[u] = state_of_row + uint64_t{static_cast<uint32_t>(slot[u])} * rows_of_slot;
+      source[u] = out_of_lane + uint64_t{static_cast<uint32_t>(slot[u])} * out_floats;
+    }
+    ptx::griddepcontrol_wait();
     PartialState state[kAtOnce][2];
     float4 o[kAtOnce][kTiles];
     float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      const int32_t slot = i + u * stride < count ? slots[i + u * stride] : kNoPiece;
-      state[u][0] = state[u][1] = {-INFINITY, slot == kDropped ? NAN : 0.0f};
+      state[u][0] = state[u][1] = {-INFINITY, slot[u] == kDropped ? NAN : 0.0f};
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) o[u][t] = {};
-      if (slot >= 0) {
-        const PartialState* const row = state_of_row + uint64_t{static_cast<uint32_t>(slot)} * rows_of_slot;
-        const float* const source = out_of_lane + uint64_t{static_cast<uint32_t>(slot)} * out_floats;
-        state[u][0] = row[0];
-        state[u][1] = row[8];
+      if (slot[u] >= 0) {
+        state[u][0] = row[u][0];
+        state[u][1] = row[u][8];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
-          o[u][t] = *reinterpret_cast<const float4*>(source + t * PartialLayout::kTileFloats);
+          o[u][t] = *reinterpret_cast<const float4*>(source[u] + t * PartialLayout::kTileFloats);
       }
     }
 #pragma unroll
@@ -163,7 +188,7 @@ __device__ __forceinline__ void join_warps(SharedMerge& s, int warp, int lane, i
   s.state[warp][lane][0] = {m.maximum[0], m.sum[0]};
   s.state[warp][lane][1] = {m.maximum[1], m.sum[1]};
   __syncthreads();
-  if (warp % warps_of_tile != 0) return;
+  if ((warp & (warps_of_tile - 1)) != 0) return;
   float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll 4
   for (int w = warp + 1; w < warp + warps_of_tile; ++w) {
@@ -190,15 +215,15 @@ struct RowTargets {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int32_t item_row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
-      const int32_t row = work.first_row + item_row, heads = p.config.heads_per_kv_head;
+      const int32_t row = work.first_row + item_row;
       out[r] = -1;
       lse[r] = nullptr;
       sink[r] = 0.0f;
       if (item_row >= rows) continue;
-      out[r] = row_offset(p.result.out, p.result, heads, work, row) + tile * PartialLayout::kTileColumns + lane % 4 * 2;
+      out[r] = row_offset(p.result.out, p.result, work, row) + tile * PartialLayout::kTileColumns + lane % 4 * 2;
       if (tile == 0 && lane % 4 == 0 && p.result.lse.data != nullptr)
-        lse[r] = static_cast<float*>(p.result.lse.data) + row_offset(p.result.lse, p.result, heads, work, row);
-      if (p.result.sink != nullptr) sink[r] = p.result.sink[head_of_row(heads, work, row)] * math::kLog2e;
+        lse[r] = static_cast<float*>(p.result.lse.data) + row_offset(p.result.lse, p.result, work, row);
+      if (p.result.sink != nullptr) sink[r] = sink_of_row(p.result, work, row);
     }
   }
 };
@@ -233,52 +258,55 @@ __global__ void __launch_bounds__(kCombineThreads, kTiles == 1 ? 2 : 3)
     combine_kernel(const __grid_constant__ CombineParams p) {
   __shared__ SlotList s_list;
   __shared__ SharedMerge s_merge;
+  ptx::griddepcontrol_launch_dependents();
   // I4: decode waited for what came before it, so the schedule and the call's inputs may be read before the wait.
   const schedule::ConstView view(p.schedule, p.layout);
+  const bool is_chunked = p.config.chunk_blocks > 0;
+  const PartRange part(view, min(static_cast<int32_t>(threadIdx.x), p.config.parts - 1));  // under way meanwhile
   const schedule::Boundary item = item_of_block(p, view);
-  int count = item.request < p.batch ? list_slots(p, view, item, 0, s_list) : 0;
+  int count = 0;
+  if (item.request < p.batch)
+    count = is_chunked ? list_chunks(p, view, item, 0, s_list) : list_parts(p, part, item, s_list);
   count = __shfl_sync(ptx::kWholeWarp, count, 0);
-  ptx::griddepcontrol_launch_dependents();
   if (count < 2) {
     // I10: the first CTA waits in any case, so that this kernel does not end before decode. Others with nothing to do make room at once.
     if (blockIdx.x == 0 && blockIdx.y == 0) ptx::griddepcontrol_wait();
     return;
   }
-  Work work{item.request,
-            0,
-            0,
-            0,
-            p.q_len,
-            0,
-            item.item / p.config.kv_heads * p.config.item_rows,
-            item.item % p.config.kv_heads,
-            kWholeItem};
+  const int32_t row_group = p.kv_heads.quotient(item.item);
+  Work work{};
+  work.request = item.request;
+  work.q_tokens = p.q_len;
+  work.first_row = row_group * p.config.item_rows;
+  work.kv_head = p.kv_heads.remainder(item.item, row_group);
   if (p.result.is_ragged) {
     work.q_tokens = view.q_tokens(item.request);
     work.q_begin = view.q_begin()[item.request];
   }
   const int32_t rows = min(p.config.item_rows, work.q_tokens * p.config.heads_per_kv_head - work.first_row);
   const int warp = __shfl_sync(ptx::kWholeWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int warps_of_tile = kTiles == 1 ? p.warps_of_tile : 1;
-  const int first_tile = (blockIdx.y * kCombineWarps + warp) / warps_of_tile * kTiles;
+  const int warps_of_tile = kTiles == 1 ? 1 << p.log2_warps_of_tile : 1, of_tile = warp & (warps_of_tile - 1);
+  const int first_tile =
+      kTiles * static_cast<int>(blockIdx.y * kCombineWarps + warp >> (kTiles == 1 ? p.log2_warps_of_tile : 0));
   const int strip = first_tile / PartialLayout::kTiles, tile = first_tile % PartialLayout::kTiles;
   const bool has_rows = strip * PartialLayout::kStripRows < rows;
   const RowTargets targets(p, work, has_rows ? rows : 0, strip, tile, lane);
-  ptx::griddepcontrol_wait();
   Merge<kTiles> m;
   for (int64_t round = 0;;) {
-    if (has_rows) {
-      merge_slots<kTiles, kTiles == 1 ? 4 : 1>(p.result, s_list.slots, warp % warps_of_tile, warps_of_tile, count,
-                                               strip, tile, lane, m);
+    if (!has_rows) {
+      ptx::griddepcontrol_wait();  // I10
+    } else {
+      merge_slots<kTiles, kTiles == 1 ? 4 : 1>(p.result, s_list.slots, of_tile, warps_of_tile, count, strip, tile, lane,
+                                               m);
     }
-    if (count < kCombineThreads) break;
+    if (!is_chunked || count < kCombineThreads) break;
     round += kCombineThreads;
     __syncthreads();
-    count = list_slots(p, view, item, round, s_list);
+    count = list_chunks(p, view, item, round, s_list);
   }
   if constexpr (kTiles == 1) {
     join_warps(s_merge, warp, lane, warps_of_tile, m);
-    if (warp % warps_of_tile != 0) return;
+    if (of_tile != 0) return;
   }
   finish_strip<kDType>(p.result, targets, m);
 }

@@ -11,38 +11,35 @@
 
 namespace mla::cuda::sm90 {
 
-__device__ __forceinline__ int32_t head_of_row(int32_t heads_per_kv_head, const Work& work, int32_t row) {
-  return work.kv_head * heads_per_kv_head + row % heads_per_kv_head;
+// Row `row` of a request in out or lse.
+__device__ __forceinline__ int64_t row_offset(const RowView& view, const ResultParams& result, const Work& work,
+                                              int32_t row) {
+  const int32_t token = result.heads.quotient(row);
+  return view.offset(result.is_ragged, work.request, work.q_begin, token, head_of_row(result.heads, work, row, token));
 }
 
-// Row `row` of a request (query token, head of the group) in out or lse.
-__device__ __forceinline__ int64_t row_offset(const RowView& view, const ResultParams& result,
-                                              int32_t heads_per_kv_head, const Work& work, int32_t row) {
-  const int32_t token = row / heads_per_kv_head;
-  const int32_t head = head_of_row(heads_per_kv_head, work, row);
-  return view.offset(result.is_ragged, work.request, work.q_begin, token, head);
+// The attention sink of the row's head, in base 2.
+__device__ __forceinline__ float sink_of_row(const ResultParams& result, const Work& work, int32_t row) {
+  return result.sink[head_of_row(result.heads, work, row, result.heads.quotient(row))] * math::kLog2e;
 }
 
 // What finishes O of a row: 1 / sum, and what the attention sink takes. 0: the row saw nothing. Of a partial result any other number.
-__device__ __forceinline__ float row_scale(const ResultParams& result, const schedule::Config& config, const Work& work,
-                                           int32_t row, float maximum, float sum) {
+__device__ __forceinline__ float row_scale(const ResultParams& result, const Work& work, int32_t row, float maximum,
+                                           float sum) {
   if (work.slot != kWholeItem || sum == 0.0f) return sum;
   const float factor = __fdividef(1.0f, sum);  // a sum is at least the 1 of its largest score, or NaN
   if (result.sink == nullptr) return factor;
-  const float sink = result.sink[head_of_row(config.heads_per_kv_head, work, row)];
-  return factor * math::sink_factor(maximum + log2f(sum), sink * math::kLog2e);
+  return factor * math::sink_factor(maximum + log2f(sum), sink_of_row(result, work, row));
 }
 
 // What a row leaves beside its O: its lse, or the state of its partial result. item_row: among the rows of the item.
-__device__ __forceinline__ void store_row_state(const ResultParams& result, const schedule::Config& config,
-                                                const Work& work, int32_t item_row, int32_t row, float maximum,
-                                                float sum) {
+__device__ __forceinline__ void store_row_state(const ResultParams& result, const Work& work, int32_t item_row,
+                                                int32_t row, float maximum, float sum) {
   if (work.slot >= 0) {
     result.partial_state[result.partial.row_offset(work.slot, item_row)] = {sum == 0.0f ? -INFINITY : maximum, sum};
   } else if (work.slot == kWholeItem && result.lse.data != nullptr) {
     const float lse_log2 = sum == 0.0f ? -INFINITY : maximum + log2f(sum);
-    static_cast<float*>(result.lse.data)[row_offset(result.lse, result, config.heads_per_kv_head, work, row)] =
-        lse_log2 * result.lse_unit;
+    static_cast<float*>(result.lse.data)[row_offset(result.lse, result, work, row)] = lse_log2 * result.lse_unit;
   }
 }
 

@@ -20,7 +20,8 @@ struct ResultParams {
   float lse_unit;     // what an lse in base 2 is multiplied with: 1, or ln 2
   bool is_ragged;
   bool is_out_fp32;
-  float* partial_out;  // PartialLayout, as accumulated
+  layout::Divider heads;  // per kv head: rows of a query token
+  float* partial_out;     // PartialLayout, as accumulated
   layout::PartialState* partial_state;
   layout::PartialLayout partial;
 };
@@ -31,13 +32,10 @@ struct DecodeParams {
   schedule::Config config;
   schedule::Layout layout;
   const std::byte* schedule;
-  struct {
-    uint32_t len, q_begin, slot_prefix, boundary;
-  } schedule_at;  // the layout's offsets
   TableView block_table;
   ResultParams result;
   int32_t batch;
-  layout::Divider page_size, heads_per_kv_head, kv_heads;
+  layout::Divider page_size, kv_heads;
   int32_t most_in_flight;    // slots of a CTA that are being loaded at the same time, but one more for Q; < ring_slots
   int32_t prefetched_slots;  // of the first piece where it is whole, while the kernel before decode ends
   int32_t kv_run;            // layout::run_rows of a page
@@ -54,10 +52,10 @@ struct CombineParams {
   const std::byte* schedule;
   ResultParams result;
   int32_t batch;
-  int32_t q_len;          // of every request, unless q is ragged
-  int32_t warps_of_tile;  // that share the pieces of one tile; 1 where a warp takes several tiles
-  int32_t
-      items_per_request;  // the most; > 0: blockIdx.x counts items. 0: it counts parts, each standing for the item cut at its begin.
+  int32_t q_len;               // of every request, unless q is ragged
+  int32_t log2_warps_of_tile;  // of the warps that share the pieces of one tile; 0 where a warp takes several tiles
+  bool is_by_item;             // blockIdx.x counts items; else parts, each standing for the item cut at its begin
+  layout::Divider items_per_request, kv_heads;
 };
 
 struct ScheduleParams {

@@ -3,6 +3,7 @@
 
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/protocol.h"
+#include "layout/divider.h"
 #include "layout/smem_plan.h"
 #include "schedule/partition.h"
 
@@ -18,6 +19,11 @@ struct Work {
   int32_t kv_head;
   int32_t slot;  // of the partial result; or one of the two below
 };
+
+// The head of a row of a request: rows are query tokens x heads of the kv head.
+MLA_HD constexpr int32_t head_of_row(const layout::Divider& heads, const Work& work, int32_t row, int32_t token) {
+  return work.kv_head * static_cast<int32_t>(heads.divisor) + heads.remainder(row, token);
+}
 
 // Slots of the ring that Q takes: the second holds rows 32 to 63.
 MLA_HD constexpr int q_slots(int32_t rows_of_tile) { return rows_of_tile > layout::kSlotRows ? 2 : 1; }

@@ -32,8 +32,8 @@ struct Guess {
   // Asks for the words that name the request; needs nothing of the CTA.
   __device__ __forceinline__ void begin() {
     if (ctx.lane > kMagicWord) return;
-    word_at = at(ctx.lane < kMagicWord ? p.schedule_at.boundary + sizeof(schedule::Boundary) * blockIdx.y + 4 * ctx.lane
-                                       : static_cast<uint32_t>(offsetof(schedule::Header, magic)));
+    word_at = at(ctx.lane < kMagicWord ? p.layout.boundary + sizeof(schedule::Boundary) * blockIdx.y + 4 * ctx.lane
+                                       : offsetof(schedule::Header, magic));
     word = __ldcg(word_at);
   }
 
@@ -48,9 +48,9 @@ struct Guess {
       return false;
     const uint32_t request = static_cast<uint32_t>(from.request);
     if (lane > kMagicWord && lane < kGuessWords) {
-      word_at = at(lane == kLenWord   ? p.schedule_at.len + 4 * request
-                   : lane < kSlotWord ? p.schedule_at.q_begin + 4 * (request + lane - kQBeginWord)
-                                      : p.schedule_at.slot_prefix + 8 * request + 4 * (lane - kSlotWord));
+      word_at = at(lane == kLenWord   ? p.layout.len + 4 * request
+                   : lane < kSlotWord ? p.layout.q_begin + 4 * (request + lane - kQBeginWord)
+                                      : p.layout.slot_prefix + 8 * request + 4 * (lane - kSlotWord));
       word = __ldcg(word_at);
     }
     const int32_t token = first_token(p, from.block, lane);
@@ -100,7 +100,7 @@ struct Guess {
   }
 
  private:
-  __device__ __forceinline__ const int32_t* at(uint32_t offset) const {
+  __device__ __forceinline__ const int32_t* at(size_t offset) const {
     return reinterpret_cast<const int32_t*>(p.schedule + offset);
   }
   __device__ __forceinline__ int32_t (&words() const)[kGuessWords] { return ctx.control->guess; }

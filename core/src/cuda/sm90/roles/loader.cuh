@@ -53,7 +53,7 @@ struct Loader {
   // kIsGuess: waits for the kernels before, which wrote Q, as late as can be.
   template <bool kIsGuess>
   __device__ __forceinline__ void load_q(const Work& work) {
-    const int32_t heads = p.config.heads_per_kv_head;
+    const layout::Divider& heads = p.result.heads;
     const int32_t rows = tile_rows(p.config, work);
     if constexpr (!kIsGuess) limit_flight();  // where Q takes two slots it is one more: the keys wait for that
 #pragma unroll 1
@@ -61,8 +61,8 @@ struct Loader {
       const int32_t first = half * layout::kSlotRows;
       const int32_t row = first + ctx.lane * p.q_run;  // of this lane's run, in the tile
       const int32_t at_row = work.first_row + row;
-      const int32_t token = p.heads_per_kv_head.quotient(at_row), head = p.heads_per_kv_head.remainder(at_row, token);
-      const RunOrigin at{work.kv_head * heads + head, p.result.is_ragged ? work.q_begin + token : token,
+      const int32_t token = heads.quotient(at_row);
+      const RunOrigin at{head_of_row(heads, work, at_row, token), p.result.is_ragged ? work.q_begin + token : token,
                          p.result.is_ragged ? 0 : work.request};
       begin_slot<kIsGuess>(min(rows - first, layout::kSlotRows) * kCfg.groups() * layout::kSwizzleRowBytes);
       if constexpr (kIsGuess) ptx::griddepcontrol_wait();

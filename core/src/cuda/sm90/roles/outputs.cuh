@@ -82,8 +82,7 @@ struct Outputs {
   __device__ __forceinline__ void locate_rows(const Work& work) const {
     const int row = ctx.warp * 16 + ctx.lane;
     if (work.slot == kWholeItem && ctx.lane < 16 && row < tile_rows(p.config, work)) {
-      ctx.control->out_row[half][row] =
-          row_offset(p.result.out, p.result, p.config.heads_per_kv_head, work, work.first_row + row);
+      ctx.control->out_row[half][row] = row_offset(p.result.out, p.result, work, work.first_row + row);
     }
     __syncwarp();
   }

@@ -90,7 +90,7 @@ struct Scores {
   // Keys that row `row` of the tile sees, at most len.
   __device__ __forceinline__ int32_t visible_keys(const Work& work, int32_t row) const {
     if (!p.is_causal) return work.len_tokens;
-    const int32_t token = (work.first_row + row) / p.config.heads_per_kv_head;
+    const int32_t token = p.result.heads.quotient(work.first_row + row);
     if (p.cp_world == 1) return min(work.len_tokens, work.len_tokens - work.q_tokens + 1 + token);
     const int64_t seen_of_all =
         p.global_seqlens.data[work.request * p.global_seqlens.stride] - work.q_tokens + int64_t{1} + token;
@@ -147,7 +147,7 @@ struct Scores {
       sum[r] = work.len_tokens == schedule::kInvalidLen ? NAN : sum_of_quad(state.sum[r]);
       const int row = layout::fragment_row(ctx.thread, r);
       if (ctx.lane % 4 == 0 && row < rows)
-        ctx.control->scale[row] = row_scale(p.result, p.config, work, work.first_row + row, state.maximum[r], sum[r]);
+        ctx.control->scale[row] = row_scale(p.result, work, work.first_row + row, state.maximum[r], sum[r]);
     }
     if (ctx.lane % 4 == 0) arrive<Barrier::kScaleFull>(ctx.barriers, 0);
     // The outputs do not wait for what follows.
@@ -155,8 +155,7 @@ struct Scores {
     for (int r = 0; r < 2; ++r) {
       const int row = layout::fragment_row(ctx.thread, r);
       if (ctx.lane % 4 == 0 && row < rows)
-        store_row_state(p.result, p.config, work, tile * kTileRows + row, work.first_row + row, state.maximum[r],
-                        sum[r]);
+        store_row_state(p.result, work, tile * kTileRows + row, work.first_row + row, state.maximum[r], sum[r]);
     }
     __syncwarp();
   }
