@@ -126,35 +126,27 @@ struct Merge {
   }
 };
 
-// By one instruction.
-__device__ __forceinline__ PartialState read_state(uint64_t address) {
-  const float2 v = __ldcg(reinterpret_cast<const float2*>(address));
-  return {v.x, v.y};
-}
-
 // Adds the partials slots[first], slots[first + stride], ... below count; kAtOnce of them are loaded together. Waits for decode when it knows
-// where the first ones are, and does what can be done `meanwhile` when it has asked for them.
-template <int kTiles, int kAtOnce, class Meanwhile>
+// where the first ones are.
+template <int kTiles, int kAtOnce>
 __device__ __forceinline__ void merge_slots(const ResultParams& result, const int32_t* slots, int first, int stride,
-                                            int count, int strip, int tile, int lane, Merge<kTiles>& m,
-                                            const Meanwhile& meanwhile) {
+                                            int count, int strip, int tile, int lane, Merge<kTiles>& m) {
   constexpr int32_t kNoPiece = -1;
-  const uint64_t state_of_row = reinterpret_cast<uint64_t>(
-      result.partial_state + result.partial.row_offset(0, strip * PartialLayout::kStripRows + lane / 4));
-  const uint64_t out_of_lane =
-      reinterpret_cast<uint64_t>(result.partial_out + result.partial.out_offset(0, strip, tile, lane));
-  const uint32_t state_bytes = static_cast<uint32_t>(result.partial.rows() * sizeof(PartialState)),
-                 out_bytes = static_cast<uint32_t>(result.partial.out_floats() * sizeof(float));  // of a slot
+  const PartialState* const state_of_row =
+      result.partial_state + result.partial.row_offset(0, strip * PartialLayout::kStripRows + lane / 4);
+  const float* const out_of_lane = result.partial_out + result.partial.out_offset(0, strip, tile, lane);
+  const uint32_t rows_of_slot = static_cast<uint32_t>(result.partial.rows()),
+                 out_floats = static_cast<uint32_t>(result.partial.out_floats());
 #pragma unroll 1
   for (int i = first; i < count; i += stride * kAtOnce) {
     int32_t slot[kAtOnce];
-    uint64_t row[kAtOnce], source[kAtOnce];  // addresses: a multiplication and addition each
+    const PartialState* row[kAtOnce];
+    const float* source[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       slot[u] = i + u * stride < count ? slots[i + u * stride] : kNoPiece;
-      const uint64_t at = static_cast<uint32_t>(slot[u]);
-      row[u] = ptx::known_here(state_of_row + at * state_bytes);
-      source[u] = ptx::known_here(out_of_lane + at * out_bytes);
+      row[u] = state_of_row + uint64_t{static_cast<uint32_t>(slot[u])} * rows_of_slot;
+      source[u] = out_of_lane + uint64_t{static_cast<uint32_t>(slot[u])} * out_floats;
     }
     ptx::griddepcontrol_wait();
     PartialState state[kAtOnce][2];
@@ -166,15 +158,13 @@ __device__ __forceinline__ void merge_slots(const ResultParams& result, const in
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) o[u][t] = {};
       if (slot[u] >= 0) {
-        state[u][0] = read_state(row[u]);
-        state[u][1] = read_state(row[u] + 8 * sizeof(PartialState));
+        state[u][0] = row[u][0];
+        state[u][1] = row[u][8];
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          o[u][t] = __ldcg(reinterpret_cast<const float4*>(source[u] + t * PartialLayout::kTileFloats * sizeof(float)));
-        }
+        for (int t = 0; t < kTiles; ++t)
+          o[u][t] = *reinterpret_cast<const float4*>(source[u] + t * PartialLayout::kTileFloats);
       }
     }
-    if (i == first) meanwhile();
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       largest[0] = fmaxf(largest[0], state[u][0].maximum);
@@ -214,19 +204,21 @@ __device__ __forceinline__ void join_warps(SharedMerge& s, int warp, int lane, i
   }
 }
 
-// Where the two rows of a lane go.
+// Where the two rows of a lane go: found before the wait for decode, as it depends on nothing that decode writes.
 struct RowTargets {
-  int64_t out[2] = {-1, -1};           // < 0: there is no such row
-  float* lse[2] = {nullptr, nullptr};  // nullptr: not this lane's, or not wanted
-  float sink[2] = {0.0f, 0.0f};        // in base 2
+  int64_t out[2];  // < 0: there is no such row
+  float* lse[2];   // nullptr: not this lane's, or not wanted
+  float sink[2];   // in base 2
 
-  __device__ __forceinline__ void find(const CombineParams& p, const Work& work, int32_t rows, int strip, int tile,
-                                       int lane) {
-    const int32_t first_row = ptx::known_here(work.first_row);
+  __device__ __forceinline__ RowTargets(const CombineParams& p, const Work& work, int32_t rows, int strip, int tile,
+                                        int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int32_t item_row = strip * PartialLayout::kStripRows + lane / 4 + 8 * r;
-      const int32_t row = first_row + item_row;
+      const int32_t row = work.first_row + item_row;
+      out[r] = -1;
+      lse[r] = nullptr;
+      sink[r] = 0.0f;
       if (item_row >= rows) continue;
       out[r] = row_offset(p.result.out, p.result, work, row) + tile * PartialLayout::kTileColumns + lane % 4 * 2;
       if (tile == 0 && lane % 4 == 0 && p.result.lse.data != nullptr)
@@ -297,16 +289,14 @@ __global__ void __launch_bounds__(kCombineThreads, 2) combine_kernel(const __gri
       kTiles * static_cast<int>(blockIdx.y * kCombineWarps + warp >> (kTiles == 1 ? p.log2_warps_of_tile : 0));
   const int strip = first_tile / PartialLayout::kTiles, tile = first_tile % PartialLayout::kTiles;
   const bool has_rows = strip * PartialLayout::kStripRows < rows;
-  RowTargets targets;
+  const RowTargets targets(p, work, has_rows ? rows : 0, strip, tile, lane);
   Merge<kTiles> m;
   for (int64_t round = 0;;) {
     if (!has_rows) {
       ptx::griddepcontrol_wait();  // I10
     } else {
       merge_slots<kTiles, kTiles == 1 ? 4 : 2>(p.result, s_list.slots, of_tile, warps_of_tile, count, strip, tile, lane,
-                                               m, [&] {
-                                                 if (of_tile == 0) targets.find(p, work, rows, strip, tile, lane);
-                                               });
+                                               m);
     }
     if (!is_chunked || count < kCombineThreads) break;
     round += kCombineThreads;
