@@ -132,6 +132,7 @@ struct Loader {
     } else {
       ptx::griddepcontrol_wait();
     }
+    __syncwarp();  // no lane reads work[0] any more, which the planner may write when it is told
     if (ctx.lane == 0) {
       ctx.control->is_guess_right = is_right;
       arrive<Barrier::kGuessJudged>(ctx.barriers, 0);
