@@ -44,7 +44,7 @@ struct Guess {
     if (lane <= kMagicWord) words()[lane] = word;
     __syncwarp();
     if (words()[kMagicWord] != static_cast<int32_t>(schedule::kMagic) || from.request < 0 || from.request >= p.batch ||
-        from.item < 0 || from.block < 0 || from.block > kMostBlocks)
+        from.item < 0 || from.block < 0 || from.block > kMostBlocks || !schedule::is_before(from, boundary(1)))
       return false;
     const uint32_t request = static_cast<uint32_t>(from.request);
     if (lane > kMagicWord && lane < kGuessWords) {
