@@ -157,8 +157,8 @@ class Cta {
     add_wrong_copies(wrong_slots);
     if (!is_right) judge(r, false, wrong_slots);
     int slot = 0;
-    std::vector<bool>
-        is_shared;  // of each slot: the first keys of a piece are not, because one CTA may have guessed them
+    // Of each slot. The first keys of a piece are not: one CTA may have guessed them.
+    std::vector<bool> is_shared;
     for (size_t i = 0; i < pieces.size(); ++i) {
       bool is_guess = i == 0 && is_right;
       if (!is_guess) wait_full(r, Barrier::kWorkFull, static_cast<int>(i));

@@ -15,7 +15,7 @@ struct PlanShape {
   schedule::Config config;
   int32_t tiles;      // CTAs of 64 rows that walk an item's keys together
   int32_t cluster;    // of them, so many form a cluster
-  bool shares_pages;  // DecodeConfig
+  bool shares_pages;  // see DecodeConfig
   layout::PartialLayout partial;
   int32_t items_per_request;  // the most
 

@@ -2,7 +2,8 @@
 //
 // The unit of work is a few tiles of one strip (16 rows), see layout/partial.h. Where there are many items, each is cut into few pieces,
 // and a warp takes kCombineTiles tiles. Where there are few items (small batches), up to a whole CTA shares the pieces of one tile, so
-// that enough loads are in flight. Small batches wait for this kernel, so it is short: no division in 64 bits, and two rounds of loads.
+// that enough loads are in flight. Small batches wait for this kernel, so it is short: divisors come from the host, and there are two rounds of
+// loads.
 #pragma once
 
 #include "cuda/sm90/epilogue.cuh"
