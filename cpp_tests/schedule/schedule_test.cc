@@ -146,7 +146,7 @@ TEST_CASE(
     }
     const int64_t even = ceil_div(total, b.config.parts) + b.config.overhead_blocks;
     REQUIRE(most <=
-            (is_cut ? even : even + std::min<int64_t>(b.config.cut_blocks, ceil_div(total, b.config.parts) / 8)));
+            (is_cut ? even : even + std::min<int64_t>(b.config.cut_blocks, ceil_div(total, b.config.parts) / 6)));
   });
 }
 

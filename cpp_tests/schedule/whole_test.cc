@@ -143,9 +143,9 @@ TEST_CASE("requests are whole up to the limit, and not beyond") {
   CHECK_FALSE(built(2, lengths_of_costs({100, 134})).is_whole());
   CHECK(built(2, lengths_of_costs({133, 100})).is_whole());
   CHECK_FALSE(built(2, lengths_of_costs({134, 100})).is_whole());
-  // 20 and c: 4 more, and an eighth of the share, 28 / 8.
-  CHECK(built(2, lengths_of_costs({20, 35})).is_whole());
-  CHECK_FALSE(built(2, lengths_of_costs({20, 36})).is_whole());
+  // 20 and c: 4 more, and a sixth of the share, 29 / 6.
+  CHECK(built(2, lengths_of_costs({20, 37})).is_whole());
+  CHECK_FALSE(built(2, lengths_of_costs({20, 38})).is_whole());
 }
 
 TEST_CASE("a batch is whole exactly if there is a way within the limit") {
@@ -158,7 +158,7 @@ TEST_CASE("a batch is whole exactly if there is a way within the limit") {
     int64_t total = 0;
     for (int64_t& cost : costs) total += cost = base + static_cast<int64_t>(rng() % static_cast<uint32_t>(spread));
     Built b = built(parts, lengths_of_costs(costs));
-    const int64_t share = ceil_div(total, parts), limit = share + kOverhead + std::min<int64_t>(share / 8, 12);
+    const int64_t share = ceil_div(total, parts), limit = share + kOverhead + std::min<int64_t>(share / 6, 12);
     REQUIRE(whole_limit(b.config, total) == limit);
     const bool can_be_whole = least_largest(costs, parts) <= limit;
     CAPTURE(i);
@@ -186,8 +186,8 @@ TEST_CASE("a batch is whole exactly if there is a way within the limit") {
 }
 
 TEST_CASE("packing is tried up to its bound of requests") {
-  // Shares of 40, limit 49: even would give the parts 33, 50 and 37.
-  const std::vector<int64_t> costs = {33, 15, 35, 37};
+  // Shares of 40, limit 50: even would give the parts 32, 51 and 37.
+  const std::vector<int64_t> costs = {32, 16, 35, 37};
   Built b{config_of(3), lengths_of_costs(costs)};
   b.build_now();
   REQUIRE_FALSE(keep_whole_even(b.config, b.view(), b.batch(), whole_limit(b.config, b.view().header()->total_cost)));

@@ -23,7 +23,7 @@ MLA_HD constexpr T even_share(const Config& c, T total) {
 template <class T>
 MLA_HD constexpr T whole_limit(const Config& c, T total) {
   const T share = even_share(c, total);
-  const T cuts = share / 8;
+  const T cuts = share / 6;
   return share + static_cast<T>(c.overhead_blocks) +
          (cuts < static_cast<T>(c.cut_blocks) ? cuts : static_cast<T>(c.cut_blocks));
 }

@@ -39,7 +39,7 @@ struct DecodeConfig {
   // Of the 16-column steps of Q the score warpgroup keeps the first in registers (4 each), and from the first column group on that is not
   // there whole all groups in shared memory.
   MLA_HD constexpr int q_steps() const { return head_dim / 16; }
-  MLA_HD constexpr int q_register_steps() const { return 26; }
+  MLA_HD constexpr int q_register_steps() const { return 28; }
   MLA_HD constexpr int q_first_shared_group() const { return q_register_steps() / 4; }
   MLA_HD constexpr int q_shared_groups() const { return groups() - q_first_shared_group(); }
 };

@@ -24,26 +24,27 @@ struct Scores {
 
   __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
 
-  // s [64 rows, 32 keys] = Q K^T for the ring's next slot, which is full: issued, not waited for. The warps are held while they issue
-  // all but the last few products, so when this returns the tensor cores are nearly done with it.
-  __device__ __forceinline__ void issue_scores(float (&s)[16]) {
+  // s [64 rows, 32 keys] (+)= Q K^T over some steps of 16 columns for the ring's next slot, which is full: issued, not waited for. The warps are held
+  // while they issue all but the last few products.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void issue_steps(float (&s)[16]) {
     constexpr uint64_t kGroupStep = ptx::descriptor_step(layout::kGroupBytes);
     constexpr uint64_t kQGroupStep = ptx::descriptor_step(kTileRows * layout::kSwizzleRowBytes);
     constexpr uint64_t kStep = ptx::descriptor_step(32);  // 16 columns
+    constexpr int kFirstShared = kCfg.q_register_steps();
     const uint64_t k = ptx::k_major_descriptor(slot_address());
     const uint64_t q = ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().q());
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kCfg.q_register_steps(); ++step) {
+    for (int step = kBegin; step < min(kFirstShared, kEnd); ++step) {
       ptx::wgmma_m64n32k16_rs<kCfg.dtype>(s, r_q[step], k + step / 4 * kGroupStep + step % 4 * kStep, step > 0);
     }
 #pragma unroll
-    for (int step = kCfg.q_register_steps(); step < kCfg.q_steps(); ++step) {
+    for (int step = max(kFirstShared, kBegin); step < kEnd; ++step) {
       ptx::wgmma_m64n32k16_ss<kCfg.dtype>(s,
                                           q + (step / 4 - kCfg.q_first_shared_group()) * kQGroupStep + step % 4 * kStep,
                                           k + step / 4 * kGroupStep + step % 4 * kStep, 1);
     }
-    ptx::wgmma_commit_group();
   }
 
   __device__ __forceinline__ void take_q_slots(int32_t rows) {
@@ -103,8 +104,9 @@ struct Scores {
     return __all_sync(ptx::kWholeWarp, is_full<Barrier::kSlotFull>(ctx.barriers, ring));
   }
 
-  // P is handed over only when the next slot's products are issued, so that P V runs under the next exponentials and not beside the next
-  // Q K^T; where the next slot is not there yet, at once. Whatever has to be waited or asked for is so while the tensor cores finish.
+  // P is handed over only when nearly all of the next slot's products are issued, so that P V runs under the next exponentials and not beside the
+  // next Q K^T; where the next slot is not there yet, at once. Behind the hand-over, whose fence takes 200 clocks, the last column group is issued.
+  // Whatever else has to be waited or asked for is so while the tensor cores finish.
   __device__ __forceinline__ void run_slots(const Work& work) {
     const int32_t begin = work.begin_block * kBlockTokens;
     const int32_t slots = work.end_block - work.begin_block;
@@ -123,9 +125,12 @@ struct Scores {
         wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
       }
       float s[16];
-      issue_scores(s);
-      ring.advance();
+      constexpr int kLastGroup = kCfg.q_steps() - 4;
+      issue_steps<0, kLastGroup>(s);
       if (has_p) hand_over_p();
+      issue_steps<kLastGroup, kCfg.q_steps()>(s);
+      ptx::wgmma_commit_group();
+      ring.advance();
       wait_empty<Barrier::kPEmpty>(ctx.barriers, p_at);
       is_there = is_slot_full();
       ptx::wgmma_wait_group<0>();
