@@ -40,6 +40,8 @@ struct DecodeConfig {
   // there whole all groups in shared memory.
   MLA_HD constexpr int q_steps() const { return head_dim / 16; }
   MLA_HD constexpr int q_register_steps() const { return 28; }
+  // So many steps of a slot's Q K^T are issued before the last slot's P is handed over. Measured, see README.md.
+  MLA_HD constexpr int hand_over_step() const { return q_steps() / 2; }
   MLA_HD constexpr int q_first_shared_group() const { return q_register_steps() / 4; }
   MLA_HD constexpr int q_shared_groups() const { return groups() - q_first_shared_group(); }
 };

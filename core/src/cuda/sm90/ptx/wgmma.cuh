@@ -39,6 +39,16 @@ __device__ __forceinline__ uint64_t n_major_descriptor(uint32_t shared, uint32_t
   return ((shared & 0x3FFFF) >> 4) | (uint64_t{group_bytes >> 4} << 16) | kStride | kSwizzle128;
 }
 
+// All of these descriptors have the same upper half: it is enough to keep the lower one.
+__device__ __forceinline__ uint64_t descriptor(uint32_t low) { return uint64_t{0x40000040} << 32 | low; }
+
+// The lower half, worked out here and not where it is used: what stands between a wait and the products behind it is waited for.
+__device__ __forceinline__ uint32_t low_half_now(uint64_t descriptor) {
+  uint32_t low = static_cast<uint32_t>(descriptor);
+  asm volatile("" : "+r"(low));
+  return low;
+}
+
 // What a descriptor grows by for an address `bytes` further on.
 __host__ __device__ constexpr uint64_t descriptor_step(uint32_t bytes) { return bytes >> 4; }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/epilogue.cuh"
+#include "cuda/sm90/ptx/fence.cuh"
 #include "cuda/sm90/ptx/named_barrier.cuh"
 #include "cuda/sm90/ptx/wgmma.cuh"
 #include "cuda/sm90/roles/role.cuh"
@@ -41,28 +42,29 @@ struct Outputs {
   }
 
   // 16 keys.
-  __device__ __forceinline__ static void add_keys(OutputFragment& o, uint64_t s_p, uint64_t v, bool accumulate) {
-    constexpr uint64_t kQuarterStep =
+  __device__ __forceinline__ static void add_keys(OutputFragment& o, uint32_t s_p, uint32_t v, bool accumulate) {
+    constexpr uint32_t kQuarterStep =
         ptx::descriptor_step(kQuarterColumns / layout::kGroupColumns * layout::kGroupBytes);
-    ptx::wgmma_m64n128k16_ss_t<kCfg.dtype>(o[0], s_p, v, accumulate);
-    ptx::wgmma_m64n128k16_ss_t<kCfg.dtype>(o[1], s_p, v + kQuarterStep, accumulate);
+    ptx::wgmma_m64n128k16_ss_t<kCfg.dtype>(o[0], ptx::descriptor(s_p), ptx::descriptor(v), accumulate);
+    ptx::wgmma_m64n128k16_ss_t<kCfg.dtype>(o[1], ptx::descriptor(s_p), ptx::descriptor(v + kQuarterStep), accumulate);
   }
 
   // valid_keys: of the slot on; under 32 only at the end of a request.
   __device__ __forceinline__ void add_slot(OutputFragment& o, bool is_first, int32_t valid_keys) {
+    constexpr uint64_t kHalfStep = ptx::descriptor_step(64);                          // 32 keys of P
+    constexpr uint32_t kPStep = ptx::descriptor_step(32);                             // 16 keys of P
+    constexpr uint32_t kVStep = ptx::descriptor_step(16 * layout::kSwizzleRowBytes);  // 16 keys of V
+    const uint32_t s_p = ptx::low_half_now(ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2)) +
+                                           p_at.stage() % 2 * kHalfStep);
+    const uint32_t v = ptx::low_half_now(ptx::n_major_descriptor(values(ring.stage()), layout::kGroupBytes));
     wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
     wait_full<Barrier::kPFull>(ctx.barriers, p_at);
+    ptx::fence_proxy_async();  // P was written by stmatrix
     if (!is_first && ctx.control->is_rescaled[p_at.stage()][ctx.warp]) rescale(o);
     if (valid_keys < layout::kSlotRows) {
       zero_tail(values(ring.stage()), valid_keys, ctx.thread);
       sync_warpgroup();
     }
-    constexpr uint64_t kHalfStep = ptx::descriptor_step(64);                          // 32 keys of P
-    constexpr uint64_t kPStep = ptx::descriptor_step(32);                             // 16 keys of P
-    constexpr uint64_t kVStep = ptx::descriptor_step(16 * layout::kSwizzleRowBytes);  // 16 keys of V
-    const uint64_t s_p =
-        ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().p(p_at.stage() / 2)) + p_at.stage() % 2 * kHalfStep;
-    const uint64_t v = ptx::n_major_descriptor(values(ring.stage()), layout::kGroupBytes);
     ptx::wgmma_fence();
     add_keys(o, s_p, v, !is_first);
     add_keys(o, s_p + kPStep, v + kVStep, true);

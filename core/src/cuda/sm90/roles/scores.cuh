@@ -24,16 +24,21 @@ struct Scores {
 
   __device__ __forceinline__ uint32_t slot_address() const { return ctx.shared + smem_plan<kCfg>().slot(ring.stage()); }
 
-  // s [64 rows, 32 keys] (+)= Q K^T over some steps of 16 columns for the ring's next slot, which is full: issued, not waited for. The warps are held
-  // while they issue all but the last few products.
+  // The keys of the ring's next slot, as issue_steps wants them.
+  __device__ __forceinline__ uint32_t next_keys() const {
+    return ptx::low_half_now(ptx::k_major_descriptor(slot_address()));
+  }
+
+  // s [64 rows, 32 keys] (+)= Q K^T over some steps of 16 columns: issued, not waited for. The warps are held while they issue all but the last few
+  // products.
   template <int kBegin, int kEnd>
-  __device__ __forceinline__ void issue_steps(float (&s)[16]) {
+  __device__ __forceinline__ void issue_steps(float (&s)[16], uint32_t queries, uint32_t keys) {
     constexpr uint64_t kGroupStep = ptx::descriptor_step(layout::kGroupBytes);
     constexpr uint64_t kQGroupStep = ptx::descriptor_step(kTileRows * layout::kSwizzleRowBytes);
     constexpr uint64_t kStep = ptx::descriptor_step(32);  // 16 columns
     constexpr int kFirstShared = kCfg.q_register_steps();
-    const uint64_t k = ptx::k_major_descriptor(slot_address());
-    const uint64_t q = ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().q());
+    const uint64_t k = ptx::descriptor(keys);
+    const uint64_t q = ptx::descriptor(queries);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = kBegin; step < min(kFirstShared, kEnd); ++step) {
@@ -80,9 +85,8 @@ struct Scores {
     if (ctx.lane == 0) ctx.control->is_rescaled[p_at.stage()][ctx.warp] = is_rescaled;
   }
 
-  // I2: P and the rescale factors of the slot are in shared memory before this arrive.
+  // I2: P and the rescale factors of the slot are in shared memory before this arrive. The readers fence: it would hold these warps for 200 clocks.
   __device__ __forceinline__ void hand_over_p() {
-    ptx::fence_proxy_async();
     __syncwarp();
     if (ctx.lane == 0) arrive<Barrier::kPFull>(ctx.barriers, p_at.stage());
     p_at.advance();
@@ -104,15 +108,17 @@ struct Scores {
     return __all_sync(ptx::kWholeWarp, is_full<Barrier::kSlotFull>(ctx.barriers, ring));
   }
 
-  // P is handed over only when nearly all of the next slot's products are issued, so that P V runs under the next exponentials and not beside the
-  // next Q K^T; where the next slot is not there yet, at once. Behind the hand-over, whose fence takes 200 clocks, the last column group is issued.
-  // Whatever else has to be waited or asked for is so while the tensor cores finish.
+  // P is handed over only when a part of the next slot's products is issued, so that P V, which takes its time to begin, runs under the next
+  // exponentials and not beside the next Q K^T; where the next slot is not there yet, at once. Whatever else has to be waited or asked for is so
+  // while the tensor cores finish.
   __device__ __forceinline__ void run_slots(const Work& work) {
     const int32_t begin = work.begin_block * kBlockTokens;
     const int32_t slots = work.end_block - work.begin_block;
     int visible[2] = {visible_keys(work, layout::fragment_row(ctx.thread, 0)) - begin,
                       visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
     const int32_t first_masked = (max(visible_keys(work, 0), 0) - begin) / layout::kSlotRows;  // row 0 sees least
+    const uint32_t queries = ptx::low_half_now(ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().q()));
+    uint32_t keys = next_keys();
     bool has_p = false;     // a P that was not handed over
     bool is_there = false;  // whether the slot is known to be full
 #pragma unroll 1
@@ -125,12 +131,12 @@ struct Scores {
         wait_full<Barrier::kSlotFull>(ctx.barriers, ring);
       }
       float s[16];
-      constexpr int kLastGroup = kCfg.q_steps() - 4;
-      issue_steps<0, kLastGroup>(s);
+      issue_steps<0, kCfg.hand_over_step()>(s, queries, keys);
       if (has_p) hand_over_p();
-      issue_steps<kLastGroup, kCfg.q_steps()>(s);
+      issue_steps<kCfg.hand_over_step(), kCfg.q_steps()>(s, queries, keys);
       ptx::wgmma_commit_group();
       ring.advance();
+      keys = next_keys();
       wait_empty<Barrier::kPEmpty>(ctx.barriers, p_at);
       is_there = is_slot_full();
       ptx::wgmma_wait_group<0>();
