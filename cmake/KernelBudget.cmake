@@ -4,7 +4,7 @@
 find_program(MLAKIT_CUOBJDUMP cuobjdump HINTS ${CUDAToolkit_BIN_DIR} DOC "cuobjdump, for the SASS tests")
 set(_budgets ${PROJECT_SOURCE_DIR}/core/src/cuda/sm90/budgets.toml)
 set(_objects ${CMAKE_BINARY_DIR}/kernel_objects.txt)
-file(GENERATE OUTPUT ${_objects} CONTENT "$<JOIN:$<TARGET_OBJECTS:mlakit_objects>,\n>\n")
+file(GENERATE OUTPUT ${_objects} CONTENT "$<JOIN:$<TARGET_OBJECTS:mlakit_objects>;$<TARGET_OBJECTS:mlakit_gpu_probe>,\n>\n")
 file(STRINGS ${_budgets} _files REGEX "^\\[.*\\]$")
 foreach(_file IN LISTS _files)
   string(REGEX REPLACE "[][]" "" _file ${_file})

@@ -8,7 +8,9 @@
 
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/ptx/common.cuh"
+#include "cuda/sm90/ptx/fence.cuh"
 #include "cuda/sm90/ptx/mbarrier.cuh"
+#include "cuda/sm90/ptx/reg.cuh"
 #include "cuda/sm90/ptx/wgmma.cuh"
 
 namespace mla::cuda::probe {
@@ -52,63 +54,85 @@ __global__ void __launch_bounds__(32) read_slots(const std::byte* cache, const i
   }
 }
 
-// One slot of 32 keys for 64 rows, `rounds` times.
-__global__ void __launch_bounds__(3 * kMathThreads, 1) multiply(const std::byte* data, int32_t rounds, float* sink) {
+// What nobody can know not to be so, and is not: keeps the products.
+__device__ __forceinline__ void keep(float result, float* sink) {
+  if (result == 12345.678f) *sink = result;
+}
+
+// Q K^T of one slot of 32 keys for 64 rows, `rounds` times.
+__device__ __forceinline__ void multiply_scores(const std::byte* shared, int32_t rounds, float* sink) {
+  uint32_t q[kConfig.q_register_steps()][4];
+#pragma unroll
+  for (int s = 0; s < kConfig.q_register_steps(); ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      q[s][i] = reinterpret_cast<const uint32_t*>(shared)[(s * 4 + i) * kMathThreads + threadIdx.x];
+  }
+  const uint64_t k = ptx::k_major_descriptor(ptx::shared_address(shared));
+  float result = 0.0f;
+#pragma unroll 1
+  for (int32_t r = 0; r < rounds; ++r) {
+    float s[16];
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kConfig.q_register_steps(); ++step) {
+      ptx::wgmma_m64n32k16_rs<kConfig.dtype>(
+          s, q[step], k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, step > 0);
+    }
+#pragma unroll
+    for (int step = kConfig.q_register_steps(); step < kConfig.q_steps(); ++step) {
+      ptx::wgmma_m64n32k16_ss<kConfig.dtype>(
+          s, k + step % 4 * 2, k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, 1);
+    }
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(s);
+    result += s[0];
+  }
+  keep(result, sink);
+}
+
+// P V of that slot for half of the value columns.
+__device__ __forceinline__ void multiply_outputs(const std::byte* shared, int half, int32_t rounds, float* sink) {
+  const uint32_t base = ptx::shared_address(shared);
+  const uint64_t p = ptx::k_major_descriptor(base);
+  const uint64_t v = ptx::n_major_descriptor(base + half * 4 * layout::kGroupBytes, layout::kGroupBytes);
+  float o[2][64] = {};
+#pragma unroll 1
+  for (int32_t r = 0; r < rounds; ++r) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      ptx::wgmma_m64n128k16_ss_t<kConfig.dtype>(o[0], p + 2 * step, v + step * ptx::descriptor_step(2048), 1);
+      ptx::wgmma_m64n128k16_ss_t<kConfig.dtype>(
+          o[1], p + 2 * step, v + step * ptx::descriptor_step(2048) + ptx::descriptor_step(2 * layout::kGroupBytes), 1);
+    }
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(o[0]);
+    ptx::wgmma_pin(o[1]);
+  }
+  keep(o[0][0] + o[1][0], sink);
+}
+
+// The registers are shared out as in decode; the fourth warpgroup only gives some away.
+__global__ void __launch_bounds__(kThreads, 1) multiply(const std::byte* data, int32_t rounds, float* sink) {
   extern __shared__ __align__(1024) std::byte shared[];
-  for (int i = threadIdx.x * 16; i < kSharedBytes; i += 3 * kMathThreads * 16) {
+  for (int i = threadIdx.x * 16; i < kSharedBytes; i += kThreads * 16) {
     *reinterpret_cast<uint4*>(shared + i) = *reinterpret_cast<const uint4*>(data + i);
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_proxy_async();
   __syncthreads();
-  const uint32_t base = ptx::shared_address(shared);
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kMathThreads, 0);
-  float result = 0.0f;
+  const int warpgroup = __shfl_sync(ptx::kWholeWarp, static_cast<int>(threadIdx.x) / kMathThreads, 0);
   if (warpgroup == 0) {
-    uint32_t q[kConfig.q_register_steps()][4];
-    for (int s = 0; s < kConfig.q_register_steps(); ++s) {
-      for (int i = 0; i < 4; ++i)
-        q[s][i] = reinterpret_cast<const uint32_t*>(shared)[(s * 4 + i) * kMathThreads + threadIdx.x];
-    }
-    for (int32_t r = 0; r < rounds; ++r) {
-      float s[16] = {};
-      const uint64_t k = ptx::k_major_descriptor(base);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kConfig.q_register_steps(); ++step) {
-        ptx::wgmma_m64n32k16_rs<kConfig.dtype>(
-            s, q[step], k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, 1);
-      }
-#pragma unroll
-      for (int step = kConfig.q_register_steps(); step < kConfig.q_steps(); ++step) {
-        ptx::wgmma_m64n32k16_ss<kConfig.dtype>(
-            s, k + step % 4 * 2, k + step / 4 * ptx::descriptor_step(layout::kGroupBytes) + step % 4 * 2, 1);
-      }
-      ptx::wgmma_commit_group();
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_pin(s);
-      result += s[0];
-    }
+    ptx::setmaxnreg_inc<kScoreRegisters>();
+    multiply_scores(shared, rounds, sink);
+  } else if (warpgroup == 3) {
+    ptx::setmaxnreg_dec<kLoaderRegisters>();
   } else {
-    float o[2][64] = {};
-    for (int32_t r = 0; r < rounds; ++r) {
-      const uint64_t p = ptx::k_major_descriptor(base);
-      const uint64_t v = ptx::n_major_descriptor(base + (warpgroup - 1) * 4 * layout::kGroupBytes, layout::kGroupBytes);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        ptx::wgmma_m64n128k16_ss_t<kConfig.dtype>(o[0], p + 2 * step, v + step * ptx::descriptor_step(2048), 1);
-        ptx::wgmma_m64n128k16_ss_t<kConfig.dtype>(
-            o[1], p + 2 * step, v + step * ptx::descriptor_step(2048) + ptx::descriptor_step(2 * layout::kGroupBytes),
-            1);
-      }
-      ptx::wgmma_commit_group();
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_pin(o[0]);
-      ptx::wgmma_pin(o[1]);
-    }
-    result = o[0][0] + o[1][0];
+    ptx::setmaxnreg_inc<kOutputRegisters>();
+    multiply_outputs(shared, warpgroup - 1, rounds, sink);
   }
-  if (result == 12345.678f) *sink = result;  // keeps the products
 }
 
 }  // namespace
@@ -141,8 +165,8 @@ __attribute__((visibility("default"))) int mlakit_probe_products(const void* dat
   using namespace mla::cuda::probe;
   cudaError_t error = cudaFuncSetAttribute(multiply, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  multiply<<<static_cast<unsigned>(ctas), 3 * mla::cuda::sm90::kMathThreads, kSharedBytes,
-             static_cast<cudaStream_t>(stream)>>>(static_cast<const std::byte*>(data), rounds, sink);
+  multiply<<<static_cast<unsigned>(ctas), mla::cuda::sm90::kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const std::byte*>(data), rounds, sink);
   return cudaGetLastError();
 }
 }
