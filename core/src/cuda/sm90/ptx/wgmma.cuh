@@ -24,23 +24,24 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Descriptor of a K-major operand with the 128-byte swizzle: rows of 128 bytes (64 elements of K), 8 rows every 1024 bytes.
+// A descriptor of an operand in shared memory: of all the kinds used here the upper half is the same, the 128-byte swizzle and 8 rows of 128 bytes
+// every 1024 bytes. So it is enough to keep the lower half.
+__device__ __forceinline__ uint64_t descriptor(uint32_t low) {
+  constexpr uint32_t kStride = 1024 >> 4;
+  constexpr uint32_t kSwizzle128 = uint32_t{1} << 30;
+  return uint64_t{kStride | kSwizzle128} << 32 | low;
+}
+
+// Of a K-major operand: a row holds 64 elements of K.
 __device__ __forceinline__ uint64_t k_major_descriptor(uint32_t shared) {
-  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
-  constexpr uint64_t kUnused = uint64_t{1} << 16;
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return ((shared & 0x3FFFF) >> 4) | kUnused | kStride | kSwizzle128;
+  constexpr uint32_t kUnused = uint32_t{1} << 16;
+  return descriptor((shared & 0x3FFFF) >> 4 | kUnused);
 }
 
-// Descriptor of an N-major operand: 64 elements of N a row of 128 bytes, 8 rows (of K) every 1024 bytes, the next 64 of N `group_bytes` on.
+// Of an N-major operand: a row holds 64 elements of N, the next 64 lie `group_bytes` on.
 __device__ __forceinline__ uint64_t n_major_descriptor(uint32_t shared, uint32_t group_bytes) {
-  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return ((shared & 0x3FFFF) >> 4) | (uint64_t{group_bytes >> 4} << 16) | kStride | kSwizzle128;
+  return descriptor((shared & 0x3FFFF) >> 4 | group_bytes >> 4 << 16);
 }
-
-// All of these descriptors have the same upper half: it is enough to keep the lower one.
-__device__ __forceinline__ uint64_t descriptor(uint32_t low) { return uint64_t{0x40000040} << 32 | low; }
 
 // The lower half, worked out here and not where it is used: what stands between a wait and the products behind it is waited for.
 __device__ __forceinline__ uint32_t low_half_now(uint64_t descriptor) {
