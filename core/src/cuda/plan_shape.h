@@ -36,7 +36,8 @@ inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   c.heads_per_kv_head = p.heads_per_kv_head();
   c.kv_heads = p.kv_heads;
   c.parts = std::clamp(multiprocessors / shape.tiles, 1, sm90::kCombineThreads);  // combine has a thread for each
-  c.overhead_blocks = 4;                                                          // both measured, see sm90/README.md
+  // Measured, see sm90/README.md.
+  c.overhead_blocks = 4;
   c.cut_blocks = 28;
   c.splits_evenly = true;
   c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;

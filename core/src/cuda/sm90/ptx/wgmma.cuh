@@ -44,8 +44,8 @@ __device__ __forceinline__ uint64_t n_major_descriptor(uint32_t shared, uint32_t
 }
 
 // The lower half, worked out here and not where it is used: what stands between a wait and the products behind it is waited for.
-__device__ __forceinline__ uint32_t low_half_now(uint64_t descriptor) {
-  uint32_t low = static_cast<uint32_t>(descriptor);
+__device__ __forceinline__ uint32_t low_half_now(uint64_t whole) {
+  uint32_t low = static_cast<uint32_t>(whole);
   asm volatile("" : "+r"(low));
   return low;
 }
