@@ -53,6 +53,7 @@ struct Shape {
   bool is_causal;
   int32_t chunk_tokens;  // 0: balanced
   std::vector<int32_t> lengths;
+  int64_t max_len = 1;  // that the plan is made for, where the lengths are shorter
 };
 
 mla::Problem make_problem(const Shape& s) {
@@ -62,7 +63,7 @@ mla::Problem make_problem(const Shape& s) {
   p.max_batch = static_cast<int64_t>(s.lengths.size());
   p.q_len = s.q_len;
   p.max_q_tokens = p.max_batch * s.q_len;
-  p.max_len = 1;
+  p.max_len = s.max_len;
   for (const int32_t n : s.lengths) p.max_len = std::max<int64_t>(p.max_len, n);
   p.max_tokens = p.max_batch * p.max_len;
   p.q_heads = s.q_heads;
@@ -362,4 +363,15 @@ TEST_CASE("small batches match double precision") {
   check_decode({1, 128, 1, 64, false, 0, {300, 0, 77}});
   check_decode({2, 128, 1, 64, true, 0, {500, 1, 33}});
   check_decode({1, 128, 1, 1, false, 0, {70}});
+}
+
+TEST_CASE("small batches of wide blocks match double precision") {
+  if (!has_hopper()) return;
+  std::vector<int32_t> lengths(36);
+  for (size_t i = 0; i < lengths.size(); ++i) lengths[i] = static_cast<int32_t>(i * 37 % 150);
+  lengths[7] = 400;
+  const Shape s{2, 128, 1, 64, true, 0, lengths, 4096};
+  CHECK(make_plan(make_problem(s), mla::kSm90Backend).config.block_tokens == 64);
+  check_decode(s);
+  check_schedule(s, lengths);
 }

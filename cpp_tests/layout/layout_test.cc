@@ -63,13 +63,14 @@ TEST_CASE("a box has legal strides where a dimension has one element") {
 }
 
 TEST_CASE("tiles of the shared memory plan do not overlap and begin at atoms") {
-  constexpr layout::SmemPlan kPlan{5, 36864, 24576, 2, 8192, 2048};
+  constexpr layout::SmemPlan kPlan{5, 36864, 16384, 2, 8192, 8192, 2048};
   static_assert(kPlan.is_valid());
   CHECK(kPlan.slot(4) + kPlan.slot_bytes == kPlan.q());
   CHECK(kPlan.q() + kPlan.q_bytes == kPlan.p(0));
-  CHECK(kPlan.p(1) + kPlan.p_bytes == kPlan.control());
+  CHECK(kPlan.p(1) + kPlan.p_bytes == kPlan.rope());
+  CHECK(kPlan.rope() + kPlan.rope_bytes == kPlan.control());
   CHECK(kPlan.control() % layout::kSwizzleAtomBytes == 0);
-  constexpr layout::SmemPlan kTooLarge{7, 36864, 24576, 2, 8192, 2048};
+  constexpr layout::SmemPlan kTooLarge{7, 36864, 16384, 2, 8192, 8192, 2048};
   static_assert(!kTooLarge.is_valid());
 }
 

@@ -1,53 +1,16 @@
-// Plays the roles of the dense decode kernel against its barrier table, in random and in adversarial orders: nobody waits for ever, no
-// phase is counted twice, and no buffer is written before its readers have let go of it.
-#include "cuda/sm90/protocol.h"
-
-#include <doctest/doctest.h>
-
-#include <algorithm>
+// Plays the roles of the dense decode kernel with narrow blocks against its barrier table, in random and in adversarial orders: nobody waits for ever,
+// no phase is counted twice, and no buffer is written before its readers have let go of it.
 #include <array>
-#include <functional>
-#include <random>
-#include <string>
-#include <vector>
 
-namespace sm90 = mla::cuda::sm90;
-using sm90::Barrier;
+#include "play.h"
+
+using namespace played;
 
 namespace {
 
-// What an mbarrier does: counts arrivals; a wait for a parity passes once the phase of that parity is over.
-struct PlayedBarrier {
-  int arrivals_of_phase = 0;
-  int pending = 0;
-  int phase = 0;
-
-  void arrive() {
-    REQUIRE(pending > 0);
-    if (--pending == 0) {
-      pending = arrivals_of_phase;
-      ++phase;
-    }
-  }
-  bool is_over(int parity) const { return (phase & 1) != parity; }
-};
-
-struct Barriers {
-  std::vector<std::vector<PlayedBarrier>> all;
-
-  Barriers(int ring_slots, bool shares_pages) {
-    for (const sm90::BarrierSpec& spec : sm90::kBarriers) {
-      const int stages = spec.id == Barrier::kSlotFull || spec.id == Barrier::kSlotEmpty ? ring_slots : spec.stages;
-      const int arrivals = sm90::arrivals_of(spec, shares_pages);
-      all.emplace_back(static_cast<size_t>(stages), PlayedBarrier{arrivals, arrivals, 0});
-    }
-  }
-  int stages(Barrier id) const { return static_cast<int>(all[static_cast<size_t>(id)].size()); }
-  // The n-th use of a ring of buffers.
-  PlayedBarrier& of_use(Barrier id, int n) { return all[static_cast<size_t>(id)][static_cast<size_t>(n % stages(id))]; }
-  bool is_full(Barrier id, int n) { return of_use(id, n).is_over(n / stages(id) % 2); }
-  bool is_empty(Barrier id, int n) { return of_use(id, n).is_over((n / stages(id) + 1) % 2); }
-};
+sm90::DecodeConfig narrow(int head_dim, bool shares_pages) {
+  return {mla::DType::kBf16, head_dim, shares_pages, sm90::kNarrowBlock};
+}
 
 struct Piece {
   int q_slots, key_slots;
@@ -59,33 +22,17 @@ struct Guess {
   int wrong_slots = 0;
 };
 
-// A role is a list of steps; a step that cannot be taken yet returns false and is tried again.
-struct Role {
-  std::string name;
-  std::vector<std::function<bool()>> steps;
-  size_t next = 0;
-
-  void wait(std::function<bool()> condition) { steps.push_back(std::move(condition)); }
-  void act(std::function<void()> action) {
-    steps.push_back([action = std::move(action)] {
-      action();
-      return true;
-    });
-  }
-  bool is_done() const { return next == steps.size(); }
-};
-
 // Half of a slot; where pages are shared, one half is loaded by either CTA of the pair. The number of the use that wrote it.
 using SlotContent = std::array<int, 2>;
 
 // One CTA. The kernel's program, as seen by the barriers. A CTA that shares pages has to be joined with another one.
 class Cta {
  public:
-  Cta(const std::vector<Piece>& pieces, int ring_slots, int most_in_flight, Guess guess, bool shares_pages = false)
-      : barriers_(ring_slots, shares_pages),
-        slot_content_(static_cast<size_t>(ring_slots), SlotContent{-1, -1}),
+  Cta(const std::vector<Piece>& pieces, const sm90::DecodeConfig& config, int most_in_flight, Guess guess)
+      : barriers_(config),
+        slot_content_(static_cast<size_t>(config.ring_slots()), SlotContent{-1, -1}),
         most_in_flight_(most_in_flight),
-        shares_pages_(shares_pages) {
+        shares_pages_(config.shares_pages) {
     const bool is_right = guess.is_made && guess.wrong_slots == 0 && !pieces.empty();
     add_planner(static_cast<int>(pieces.size()), is_right);
     add_loader(pieces, guess, is_right);
@@ -280,34 +227,6 @@ class Cta {
   std::vector<Role> roles_;
 };
 
-// choose picks among the roles that are not done; a role then goes on until it has to wait. Fails if all wait.
-void play(const std::vector<Cta*>& ctas, const std::function<size_t(size_t)>& choose) {
-  std::vector<Role*> open;
-  for (Cta* cta : ctas) {
-    for (Role& r : cta->roles()) open.push_back(&r);
-  }
-  size_t tries_without_progress = 0;
-  while (!open.empty()) {
-    const size_t at = choose(open.size());
-    Role& r = *open[at];
-    const size_t before = r.next;
-    while (!r.is_done() && r.steps[r.next]()) ++r.next;
-    tries_without_progress = r.next == before ? tries_without_progress + 1 : 0;
-    REQUIRE_MESSAGE(tries_without_progress < 2000, "every role waits; the first is " << open[0]->name);
-    if (r.is_done()) open.erase(open.begin() + static_cast<std::ptrdiff_t>(at));
-  }
-}
-
-// Each order with new CTAs, made by `make`.
-template <class Make>
-void play_orders(std::mt19937& random, const Make& make) {
-  size_t turn = 0;
-  make([&](const std::vector<Cta*>& ctas) { play(ctas, [&](size_t n) { return random() % n; }); });
-  // The first role as far as it gets, then the next: the loader far ahead; and the other way round: everyone waiting for it.
-  make([&](const std::vector<Cta*>& ctas) { play(ctas, [&](size_t n) { return turn++ % n; }); });
-  make([&](const std::vector<Cta*>& ctas) { play(ctas, [&](size_t n) { return n - 1 - turn++ % n; }); });
-}
-
 Guess any_guess(std::mt19937& random) {
   return {random() % 3 > 0, random() % 2 > 0 ? 2 + static_cast<int>(random() % 2) : 0};
 }
@@ -319,11 +238,12 @@ TEST_CASE("every order of the roles comes to an end") {
   for (int round = 0; round < 200; ++round) {
     std::vector<Piece> pieces(random() % 7);
     for (Piece& piece : pieces) piece = {1 + static_cast<int>(random() % 2), static_cast<int>(random() % 18)};
-    for (const int ring_slots : {5, 6}) {
-      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(ring_slots));
+    for (const int head_dim : {576, 512}) {
+      const sm90::DecodeConfig config = narrow(head_dim, false);
+      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(config.ring_slots()));
       const Guess guess = any_guess(random);
-      play_orders(random, [&](const auto& played) {
-        Cta cta(pieces, ring_slots, most_in_flight, guess);
+      play_orders<Cta>(random, [&](const auto& played) {
+        Cta cta(pieces, config, most_in_flight, guess);
         played({&cta});
       });
     }
@@ -335,12 +255,12 @@ TEST_CASE("every order of two CTAs that share pages comes to an end") {
   for (int round = 0; round < 200; ++round) {
     std::vector<Piece> pieces(random() % 7);
     for (Piece& piece : pieces) piece = {2, static_cast<int>(random() % 18)};
-    for (const int ring_slots : {5, 6}) {
-      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(ring_slots - 1));
+    for (const int head_dim : {576, 512}) {
+      const sm90::DecodeConfig config = narrow(head_dim, true);
+      const int most_in_flight = 1 + static_cast<int>(random() % static_cast<unsigned>(config.ring_slots() - 1));
       const Guess guesses[] = {any_guess(random), any_guess(random)};
-      play_orders(random, [&](const auto& played) {
-        Cta a(pieces, ring_slots, most_in_flight, guesses[0], true),
-            b(pieces, ring_slots, most_in_flight, guesses[1], true);
+      play_orders<Cta>(random, [&](const auto& played) {
+        Cta a(pieces, config, most_in_flight, guesses[0]), b(pieces, config, most_in_flight, guesses[1]);
         Cta::join(a, b);
         played({&a, &b});
       });

@@ -30,15 +30,17 @@ constexpr Variant variant(const char* name) {
 }
 
 constexpr Variant kVariants[] = {
-#define MLA_VARIANT(name, dtype, head_dim) \
-  variant<sm90::Variant_##name<false>>(#name), variant<sm90::Variant_##name<true>>(#name "_pairs"),
+#define MLA_VARIANT(name, dtype, head_dim)                                                          \
+  variant<sm90::Variant_##name<false>>(#name), variant<sm90::Variant_##name<true>>(#name "_pairs"), \
+      variant<sm90::Variant_##name<true, sm90::kWideBlock>>(#name "_wide"),
 #include "cuda/sm90/variants.inc"
 #undef MLA_VARIANT
 };
 
-const Variant* find_variant(const Problem& p, bool shares_pages) {
+const Variant* find_variant(const Problem& p, const PlanShape& shape) {
   for (const Variant& v : kVariants) {
-    if (v.config.dtype == p.q_dtype && v.config.head_dim == p.head_dim && v.config.shares_pages == shares_pages)
+    if (v.config.dtype == p.q_dtype && v.config.head_dim == p.head_dim && v.config.shares_pages == shape.shares_pages &&
+        v.config.block_tokens == shape.config.block_tokens)
       return &v;
   }
   return nullptr;
@@ -70,7 +72,7 @@ std::string why_unsupported(const Problem& p) {
   if (p.kv_format != KvFormat::kPlain) return "only plain cache rows";
   if (p.topk > 0 || p.has_tree_mask || p.has_extra_segment) return "no index lists, tree masks or extra segments";
   if (!(p.softmax_scale > 0.0f)) return "softmax_scale must be positive";
-  if (p.page_size > INT32_MAX / 2 || p.max_len > INT32_MAX - 2 * sm90::kBlockTokens)
+  if (p.page_size > INT32_MAX / 2 || p.max_len > INT32_MAX - 2 * sm90::kWideBlock)
     return "lengths must fit into 31 bits";
   std::string reason;
   if (device_count(&reason) <= p.device_id) return reason.empty() ? "there is no such CUDA device" : reason;
@@ -100,7 +102,7 @@ Status make_plan(Plan& plan) {
   const Problem& p = plan.problem;
   const DeviceInfo& device = device_info(p.device_id);
   auto state = std::make_shared<Sm90Plan>(Sm90Plan{nullptr, plan_shape(p, device.multiprocessors)});
-  state->variant = find_variant(p, state->shape.shares_pages);
+  state->variant = find_variant(p, state->shape);
   plan.config = state->shape.config;
   plan.scratch_bytes = state->shape.partial_out_bytes() + state->shape.partial_state_bytes();
   plan.variant = state->variant->name;
@@ -111,7 +113,7 @@ Status make_plan(Plan& plan) {
     MLA_RETURN_IF_ERROR(
         set_shared_memory(sm90::combine_kernel_handle(p.q_dtype, tiles_of_warp), spreading_bytes(1, 1)));
   }
-  MLA_RETURN_IF_ERROR(set_shared_memory(sm90::schedule_kernel_handle(), 0));
+  MLA_RETURN_IF_ERROR(set_shared_memory(sm90::schedule_kernel_handle(plan.config.block_tokens), 0));
   plan.state = std::move(state);
   return Status::ok();
 }
@@ -129,7 +131,8 @@ Status run_schedule(const Plan& plan, const ScheduleCall& call, void* stream) {
                                     static_cast<int32_t>(p.q_len),
                                     p.max_len,
                                     p.max_q_tokens};
-  return launch(sm90::schedule_kernel_handle(), "schedule kernel", {dim3(1), sm90::kScheduleThreads}, params, stream);
+  return launch(sm90::schedule_kernel_handle(plan.config.block_tokens), "schedule kernel",
+                {dim3(1), sm90::kScheduleThreads}, params, stream);
 }
 
 // The two parts of a row, latent and rope, in one tensor or two, as maps.
@@ -160,14 +163,15 @@ layout::TmaSource q_source(const Plan& plan, const DecodeCall& call, const RowVi
           p.is_ragged ? 1 : call.batch,
           q.batch_stride,
           layout::run_rows(p.heads_per_kv_head()),
-          sm90::kLatentGroups};
+          state_of(plan).variant->config.q_box_groups()};
 }
 
 // A cache without pages is seen as 128 bytes of something readable: every page id is then outside but 0, which no valid call uses.
 layout::TmaSource kv_source(const Plan& plan, const DecodeCall& call, const CacheView& kv) {
   const Problem& p = plan.problem;
-  const int32_t run = layout::run_rows(p.page_size);
-  const int32_t box_groups = run == layout::kSlotRows ? state_of(plan).variant->config.box_groups() : 1;
+  const sm90::DecodeConfig& config = state_of(plan).variant->config;
+  const int32_t run = layout::run_rows(p.page_size, config.block_tokens);
+  const int32_t box_groups = run == config.block_tokens ? config.box_groups() : 1;
   if (kv.pages == 0) return {call.schedule, 1, 0, 1, 1, 0, 1, 0, run, box_groups};
   return {kv.data,        p.page_size, kv.token_stride, sm90::kLatentGroups, p.kv_heads, kv.head_stride, kv.pages,
           kv.page_stride, run,         box_groups};

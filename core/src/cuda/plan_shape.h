@@ -25,24 +25,38 @@ struct PlanShape {
   }
 };
 
+// Measured, see sm90/README.md.
+inline constexpr int32_t kOverheadTokens = 128, kCutTokens = 896;
+
+// Whether blocks of 64 keys are the faster ones. They take less power, but a piece begins later and late keys are waited for: so where there is
+// a request for each part, and requests are long, the more so the fewer rows there are to a key. Not where results must not depend on the batch (I7).
+inline bool is_wide(const Problem& p, const schedule::Config& c, int32_t tiles) {
+  const int64_t least_len = tiles >= 4 ? 4096 : 16384;
+  return p.page_size % sm90::kWideBlock == 0 && p.heads_per_kv_head() % layout::kSlotRows == 0 &&
+         p.split_policy != SplitPolicy::kFixedChunk && p.max_len >= least_len &&
+         p.max_batch * c.items(p.q_len) >= c.parts;
+}
+
 inline PlanShape plan_shape(const Problem& p, int multiprocessors) {
   PlanShape shape{};
   const int64_t max_rows = p.rows(p.q_len);
-  shape.tiles = static_cast<int32_t>(std::min<int64_t>(ceil_div(max_rows, sm90::kTileRows), sm90::kMaxTiles));
+  // Rather fewer tiles than a last item that is not full: only full ones share pages.
+  const int64_t most_tiles =
+      max_rows % (sm90::kMaxTiles * sm90::kTileRows) == 0 ? sm90::kMaxTiles : sm90::kMaxTiles / 2;
+  shape.tiles = static_cast<int32_t>(std::min(ceil_div(max_rows, int64_t{sm90::kTileRows}), most_tiles));
   shape.cluster = shape.tiles % 2 == 0 ? 2 : 1;  // pairs read the same pages at the same time
   schedule::Config& c = shape.config;
-  c.block_tokens = sm90::kBlockTokens;
   c.item_rows = shape.tiles * sm90::kTileRows;
   c.heads_per_kv_head = p.heads_per_kv_head();
   c.kv_heads = p.kv_heads;
   c.parts = std::clamp(multiprocessors / shape.tiles, 1, sm90::kCombineThreads);  // combine has a thread for each
-  // Measured, see sm90/README.md.
-  c.overhead_blocks = 4;
-  c.cut_blocks = 28;
   c.splits_evenly = true;
-  c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / sm90::kBlockTokens : 0;
   // Both CTAs of a pair have to walk the same slots: no tile may be without rows, or have so few that Q takes one slot.
   shape.shares_pages = shape.cluster == 2 && !p.is_ragged && max_rows % c.item_rows == 0;
+  c.block_tokens = shape.shares_pages && is_wide(p, c, shape.tiles) ? sm90::kWideBlock : sm90::kNarrowBlock;
+  c.overhead_blocks = kOverheadTokens / c.block_tokens;
+  c.cut_blocks = kCutTokens / c.block_tokens;
+  c.chunk_blocks = p.split_policy == SplitPolicy::kFixedChunk ? p.chunk_tokens / c.block_tokens : 0;
   shape.partial.strips =
       static_cast<int32_t>(ceil_div(std::min<int64_t>(c.item_rows, max_rows), layout::PartialLayout::kStripRows));
   shape.items_per_request = static_cast<int32_t>(c.items(p.q_len));

@@ -1,6 +1,6 @@
 // A tensor as the copy engine sees it, and the box it moves with one instruction: plain numbers, turned into a CUtensorMap elsewhere.
 //
-// Every tile in shared memory is made of column groups: 64 two-byte columns, so rows of 128 bytes, 32 rows a slot. A tensor is seen as
+// Every tile in shared memory is made of column groups: 64 two-byte columns, so rows of 128 bytes, 32 or 64 rows. A tensor is seen as
 //   (column in its group, row, column group, outer, outermost)
 // where row is what lies along a tile's rows: tokens of a page, or heads of a query token.
 #pragma once
@@ -13,7 +13,7 @@ namespace mla::layout {
 
 inline constexpr int kGroupColumns = 64;
 inline constexpr int kSlotRows = 32;
-inline constexpr int kGroupBytes = kSlotRows * 128;  // one column group of one slot
+inline constexpr int kGroupBytes = kSlotRows * 128;  // one column group of 32 rows
 inline constexpr int kTmaDims = 5;
 
 struct TmaBox {
@@ -25,10 +25,10 @@ struct TmaBox {
 
 MLA_HD constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 
-// A slot is filled by runs: the most rows that one box can always take without leaving a page (or a query token), whatever the row it
-// starts at.
-MLA_HD constexpr int run_rows(int64_t rows_together) {
-  return gcd(static_cast<int>(rows_together % kSlotRows), kSlotRows);
+// A block of `most` rows is filled by runs: the most rows that one box can always take without leaving a page (or a query token), whatever the
+// row it starts at.
+MLA_HD constexpr int run_rows(int64_t rows_together, int most = kSlotRows) {
+  return gcd(static_cast<int>(rows_together % most), most);
 }
 static_assert(run_rows(64) == 32 && run_rows(256) == 32 && run_rows(16) == 16 && run_rows(48) == 16 &&
               run_rows(1) == 1 && run_rows(63) == 1);

@@ -28,6 +28,7 @@ class Case:
     flags: str = ""  # further parts of the problem string
     seed: int = 0
     scale: float = 1.0  # of q: larger makes the softmax sharper
+    max_len: int = 1  # that the plan is made for, where the lengths are shorter
 
     @property
     def problem(self) -> str:
@@ -35,7 +36,7 @@ class Case:
         ragged = f":ragged:t{max(sum(self.q_lens), 1)}" if self.is_ragged else ""
         return (
             f"dense:{self.dtype}:b{len(self.lengths)}:q{max(self.q_lens)}:h{self.q_heads}:k{self.kv_heads}:d{self.head_dim}:v512"
-            f":p{self.page_size}:l{max(max(self.lengths), 1)}{causal}{ragged}{self.flags}:cuda0"
+            f":p{self.page_size}:l{max(*self.lengths, self.max_len)}{causal}{ragged}{self.flags}:cuda0"
         )
 
 

@@ -18,7 +18,7 @@ namespace {
 
 using namespace sm90;
 
-constexpr DecodeConfig kConfig{DType::kBf16, 576};
+constexpr DecodeConfig kConfig{DType::kBf16, 576, false, kNarrowBlock};
 constexpr uint32_t kSlots = 5;
 constexpr int kSharedBytes = static_cast<int>(kSlots) * kConfig.slot_bytes();
 

@@ -15,6 +15,7 @@
 #include "cuda/sm90/roles/outputs.cuh"
 #include "cuda/sm90/roles/planner.cuh"
 #include "cuda/sm90/roles/scores.cuh"
+#include "cuda/sm90/roles/wide_loader.cuh"
 
 namespace mla::cuda::sm90 {
 
@@ -31,8 +32,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
       ptx::shared_address(shared), ptx::shared_address(control->barriers), control, thread / 32, thread % 32, thread};
   const int tile = blockIdx.x;
   Guess guess{p, ctx};
-  if (threadIdx.x / 32 == kLoaderWarp) guess.begin();
-  if (threadIdx.x == 0) init_barriers<kCfg.shares_pages>(ctx.barriers);
+  if (!kCfg.is_wide() && threadIdx.x / 32 == kLoaderWarp) guess.begin();
+  if (threadIdx.x == 0) init_barriers<kCfg>(ctx.barriers);
   if (threadIdx.x / 32 == 4) control->zeros[ctx.lane] = 0;
   if (threadIdx.x == kThreads - 1) {
     ptx::prefetch_tensor_map(&p.q_latent);
@@ -55,7 +56,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
   } else if (warpgroup == 3) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
     if (ctx.warp == kLoaderWarp % 4) {
-      Loader<kCfg>{p, ctx, guess}.run_all();
+      if constexpr (kCfg.is_wide()) {
+        WideLoader<kCfg>{p, ctx}.run_all();
+      } else {
+        Loader<kCfg>{p, ctx, guess}.run_all();
+      }
     } else if (ctx.warp == 1 && ctx.lane == 0) {
       run_planner(p, ctx, tile, blockIdx.y);
     }
@@ -70,12 +75,15 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
 }  // namespace mla::cuda::sm90
 
 // In a file of its own each: compiles the variant and defines its handles.
-#define MLA_INSTANTIATE(name)                                                          \
-  namespace mla::cuda::sm90 {                                                          \
-  const void* decode_kernel(Variant_##name<false>) {                                   \
-    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name<false>>); \
-  }                                                                                    \
-  const void* decode_kernel(Variant_##name<true>) {                                    \
-    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name<true>>);  \
-  }                                                                                    \
+#define MLA_INSTANTIATE(name)                                                                     \
+  namespace mla::cuda::sm90 {                                                                     \
+  const void* decode_kernel(Variant_##name<false>) {                                              \
+    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name<false>>);            \
+  }                                                                                               \
+  const void* decode_kernel(Variant_##name<true>) {                                               \
+    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name<true>>);             \
+  }                                                                                               \
+  const void* decode_kernel(Variant_##name<true, kWideBlock>) {                                   \
+    return reinterpret_cast<const void*>(&decode_dense_kernel<Variant_##name<true, kWideBlock>>); \
+  }                                                                                               \
   }

@@ -22,6 +22,14 @@ struct Cursor {
       if (value % kPhaseBit == kStages) value = value / kPhaseBit * kPhaseBit ^ kPhaseBit;
     }
   }
+  // By several buffers, at most kStages.
+  __device__ __forceinline__ Cursor ahead(uint32_t buffers) const {
+    Cursor there{value + buffers};
+    if constexpr (!kIsPowerOfTwo) {
+      if (there.value % kPhaseBit >= kStages) there.value = (there.value - kStages) ^ kPhaseBit;
+    }
+    return there;
+  }
 };
 
 #ifdef MLAKIT_BOUNDED_WAITS
@@ -76,24 +84,23 @@ __device__ __forceinline__ void arrive(uint32_t barriers, uint32_t stage) {
   ptx::mbarrier_arrive(barrier_address<kId>(barriers, stage));
 }
 
-// Lets go of a slot of the ring, where pages are shared to the other CTA too.
-template <bool kSharesPages>
+// Lets go of a place for keys, where pages are shared to the other CTA too.
+template <bool kSharesPages, Barrier kEmpty = Barrier::kSlotEmpty>
 __device__ __forceinline__ void release_slot(uint32_t barriers, uint32_t stage) {
-  arrive<Barrier::kSlotEmpty>(barriers, stage);
+  arrive<kEmpty>(barriers, stage);
   if constexpr (kSharesPages)
-    ptx::mbarrier_arrive_cluster(
-        ptx::map_to_cta(barrier_address<Barrier::kSlotEmpty>(barriers, stage), ptx::cta_rank() ^ 1));
+    ptx::mbarrier_arrive_cluster(ptx::map_to_cta(barrier_address<kEmpty>(barriers, stage), ptx::cta_rank() ^ 1));
 }
 
-template <bool kSharesPages, uint32_t kIndex = 0>
+template <DecodeConfig kCfg, uint32_t kIndex = 0>
 __device__ __forceinline__ void init_barriers(uint32_t barriers) {
   constexpr BarrierSpec kSpec = kBarriers[kIndex];
-  constexpr int kArrivals = arrivals_of(kSpec, kSharesPages);
+  constexpr int kArrivals = arrivals_of(kSpec, kCfg);
 #pragma unroll
-  for (int stage = 0; stage < kSpec.stages; ++stage)
+  for (int stage = 0; stage < stages_of(kSpec, kCfg); ++stage)
     ptx::mbarrier_init(barrier_address<kSpec.id>(barriers, stage), kArrivals);
   if constexpr (kIndex + 1 < static_cast<uint32_t>(Barrier::kCount)) {
-    init_barriers<kSharesPages, kIndex + 1>(barriers);
+    init_barriers<kCfg, kIndex + 1>(barriers);
   } else {
     ptx::fence_mbarrier_init();
   }

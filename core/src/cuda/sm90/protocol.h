@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/sm90/config.h"
 #include "host_device.h"
 
 namespace mla::cuda::sm90 {
@@ -11,14 +12,18 @@ inline constexpr int kOutputWarps = 8;  // of both output warpgroups
 inline constexpr int kScoreWarps = 4;
 inline constexpr int kScaleWriters = 8 * kScoreWarps;  // one thread of four holds a row's sum
 inline constexpr int kWorkStages = 4;
-inline constexpr int kPStages = 4;
-inline constexpr int kMaxRingSlots = 6;
+inline constexpr int kMaxPStages = 4;
+inline constexpr int kMaxRingSlots = 12;
 
 enum class Barrier : uint32_t {
   kSlotFull,
   kSlotEmpty,
+  kRopeEmpty,
+  kQFull,
+  kQEmpty,
   kPFull,
   kPEmpty,
+  kTurn,
   kScaleFull,
   kScaleEmpty,
   kWorkFull,
@@ -30,22 +35,30 @@ enum class Barrier : uint32_t {
 struct BarrierSpec {
   Barrier id;
   const char* name;
-  int stages;
-  int arrivals;       // of one phase
+  int stages;         // the most, see stages_of
+  int arrivals;       // of one phase, see arrivals_of
   bool starts_ready;  // the first wait passes: the buffer is free at the start
   const char* arrives;
   const char* waits;
 };
 
-// Slot: 32 keys, or 32 rows of Q. P: weights of one 32-key slot. Scale: what each row of the result is multiplied with. Work: one piece; the
-// first may be guessed by the loader (roles/loader.cuh).
+// Slot: 32 keys or 32 rows of Q. Of wide blocks two column groups of 64 keys or 64 rows of Q; their slot_full is of a load: of the first three
+// slots of a block, of its rope and its last slot, or of the slots of Q. Rope: of a wide block. Q: what Q K^T of wide blocks reads of it in
+// shared memory. P: weights of one block. Turn: of the output warpgroups at a wide block. Scale: what each row of the result is multiplied
+// with. Work: one piece; the first may be guessed by the loader (roles/loader.cuh).
 inline constexpr BarrierSpec kBarriers[] = {
-    {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the slot's bytes)",
-     "scores, outputs, loader"},
+    {Barrier::kSlotFull, "slot_full", kMaxRingSlots, 1, false, "loader (with the bytes)", "scores, outputs, loader"},
     {Barrier::kSlotEmpty, "slot_empty", kMaxRingSlots, kOutputWarps, true,
-     "a key slot: each output warp; a Q slot: each score warp twice; where pages are shared, of both CTAs", "loader"},
-    {Barrier::kPFull, "p_full", kPStages, kScoreWarps, false, "each score warp", "outputs"},
-    {Barrier::kPEmpty, "p_empty", kPStages, kOutputWarps, true, "each output warp", "scores"},
+     "a key slot: each output warp that reads it; a Q slot: score warps, as often; where pages are shared, of both "
+     "CTAs",
+     "loader"},
+    {Barrier::kRopeEmpty, "rope_empty", 1, kScoreWarps, true, "each score warp of both CTAs", "loader"},
+    {Barrier::kQFull, "q_full", 1, 1, false, "loader (with the bytes)", "scores"},
+    {Barrier::kQEmpty, "q_empty", 1, kScoreWarps, true, "each score warp", "loader"},
+    {Barrier::kPFull, "p_full", kMaxPStages, kScoreWarps, false, "each score warp", "outputs"},
+    {Barrier::kPEmpty, "p_empty", kMaxPStages, kOutputWarps, true, "each output warp", "scores"},
+    {Barrier::kTurn, "turn", kMaxPStages, kOutputWarps / 2, false, "each warp of the first output warpgroup",
+     "the second output warpgroup"},
     {Barrier::kScaleFull, "scale_full", 1, kScaleWriters, false, "each score thread that wrote scales", "outputs"},
     {Barrier::kScaleEmpty, "scale_empty", 1, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kWorkFull, "work_full", kWorkStages, 1, false, "planner; of a right guess: loader",
@@ -55,9 +68,34 @@ inline constexpr BarrierSpec kBarriers[] = {
     {Barrier::kGuessJudged, "guess_judged", 1, 1, false, "loader", "planner"},
 };
 
-// Where two CTAs share pages both load parts of a slot into both, so a loader waits until both have let go of it.
-MLA_HD constexpr int arrivals_of(BarrierSpec spec, bool shares_pages) {
-  return spec.id == Barrier::kSlotEmpty && shares_pages ? 2 * spec.arrivals : spec.arrivals;
+// How many a variant has; 0: none.
+MLA_HD constexpr int stages_of(const BarrierSpec& spec, const DecodeConfig& config) {
+  switch (spec.id) {
+    case Barrier::kSlotFull:
+      return config.loads();
+    case Barrier::kSlotEmpty:
+      return config.ring_slots();
+    case Barrier::kRopeEmpty:
+      return config.rope_places();
+    case Barrier::kPFull:
+    case Barrier::kPEmpty:
+      return config.p_stages();
+    case Barrier::kTurn:
+      return config.is_wide() ? config.p_stages() : 0;
+    case Barrier::kQFull:
+    case Barrier::kQEmpty:
+      return config.is_wide() ? 1 : 0;
+    default:
+      return spec.stages;
+  }
+}
+
+// Where two CTAs share pages both load parts of them into both, so a loader waits until both have let go of a place. A slot of a wide block is read by
+// one of the two output warpgroups.
+MLA_HD constexpr int arrivals_of(const BarrierSpec& spec, const DecodeConfig& config) {
+  const bool is_of_keys = spec.id == Barrier::kSlotEmpty || spec.id == Barrier::kRopeEmpty;
+  const int readers = spec.id == Barrier::kSlotEmpty && config.is_wide() ? spec.arrivals / 2 : spec.arrivals;
+  return is_of_keys && config.shares_pages ? 2 * readers : readers;
 }
 
 consteval int first_barrier(Barrier id) {

@@ -194,7 +194,7 @@ __device__ __forceinline__ void set_boundaries(const Costs<Cost>& costs, bool ma
                                           costs.items >= 0 ? costs.items : config.items(costs.view.q_tokens(request)));
 }
 
-template <class Cost>
+template <int kBlockTokens, class Cost>
 __device__ __forceinline__ void make_schedule(const ScheduleParams& p, const schedule::View& view, ScheduleShared& s) {
   const int32_t thread = threadIdx.x;
   const bool is_ragged = p.cu_seqlens_q.data != nullptr;
@@ -276,6 +276,7 @@ __device__ __forceinline__ void make_schedule(const ScheduleParams& p, const sch
                        may_be_whole, limit, s);
 }
 
+template <int kBlockTokens>
 __global__ void __launch_bounds__(kScheduleThreads, 4) schedule_kernel(const __grid_constant__ ScheduleParams p) {
   __shared__ ScheduleShared s;
   const schedule::View view(p.schedule, p.layout);
@@ -283,9 +284,9 @@ __global__ void __launch_bounds__(kScheduleThreads, 4) schedule_kernel(const __g
   const int64_t most_items =
       (p.config.row_groups(max(p.max_q_tokens, p.batch * int64_t{p.q_len})) + p.batch) * p.config.kv_heads;
   if (most_items * p.config.item_cost(p.max_len) < INT32_MAX / (2 * kCombineThreads))
-    make_schedule<uint32_t>(p, view, s);
+    make_schedule<kBlockTokens, uint32_t>(p, view, s);
   else
-    make_schedule<int64_t>(p, view, s);
+    make_schedule<kBlockTokens, int64_t>(p, view, s);
 }
 
 }  // namespace mla::cuda::sm90

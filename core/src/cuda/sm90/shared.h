@@ -25,8 +25,12 @@ MLA_HD constexpr int32_t head_of_row(const layout::Divider& heads, const Work& w
   return work.kv_head * static_cast<int32_t>(heads.divisor) + heads.remainder(row, token);
 }
 
-// Slots of the ring that Q takes: the second holds rows 32 to 63.
-MLA_HD constexpr int q_slots(int32_t rows_of_tile) { return rows_of_tile > layout::kSlotRows ? 2 : 1; }
+// Slots of the ring that Q takes. Narrow: the second holds rows 32 to 63. Wide: two column groups each, of those that go to registers.
+template <DecodeConfig kCfg>
+MLA_HD constexpr int q_slots(int32_t rows_of_tile) {
+  if constexpr (kCfg.is_wide()) return kCfg.q_first_shared_group() / kCfg.slot_groups();
+  return rows_of_tile > layout::kSlotRows ? 2 : 1;
+}
 
 inline constexpr int32_t kWholeItem = -1;  // the result is final
 inline constexpr int32_t kDropped = -2;  // no room in scratch (more tokens than the plan's maximum): combine writes NaN
@@ -35,17 +39,22 @@ inline constexpr int32_t kDropped = -2;  // no room in scratch (more tokens than
 enum GuessWord { kMagicWord = 8, kLenWord, kQBeginWord, kSlotWord = kQBeginWord + 2, kGuessWords = kSlotWord + 2 };
 static_assert(kMagicWord == 2 * sizeof(schedule::Boundary) / sizeof(int32_t));
 
+// What goes with a block's P.
+struct Rescale {
+  float factor[kTileRows];         // what O is multiplied with before this block's P V
+  uint8_t is_needed[kScoreWarps];  // per 16 rows: whether any of them is
+};
+
 struct Control {
   uint64_t barriers[kBarrierCount];
   Work work[kWorkStages];
   alignas(schedule::Boundary) int32_t guess[kGuessWords];
-  uint32_t is_guess_right;                      // work[0] is the loader's
-  schedule::Boundary part_end;                  // the planner's
-  float rescale[kPStages][kTileRows];           // what O is multiplied with before this slot's P V
-  uint32_t is_rescaled[kPStages][kScoreWarps];  // per 16 rows: whether any of them is
-  float scale[kTileRows];                       // row_scale: what O is multiplied with at the end
-  int64_t out_row[2][kTileRows];                // each output warpgroup's: where the rows of a whole item begin in out
+  uint32_t is_guess_right;        // work[0] is the loader's
+  schedule::Boundary part_end;    // the planner's
+  float scale[kTileRows];         // row_scale: what O is multiplied with at the end
+  int64_t out_row[2][kTileRows];  // each output warpgroup's: where the rows of a whole item begin in out
   alignas(layout::kSwizzleRowBytes) uint32_t zeros[layout::kSwizzleRowBytes / sizeof(uint32_t)];
+  Rescale rescale[kMaxPStages];  // last: a variant with fewer stages needs less
 };
 
 template <DecodeConfig kCfg>
@@ -53,9 +62,10 @@ MLA_HD constexpr layout::SmemPlan smem_plan() {
   constexpr layout::SmemPlan kPlan{static_cast<uint32_t>(kCfg.ring_slots()),
                                    static_cast<uint32_t>(kCfg.slot_bytes()),
                                    static_cast<uint32_t>(kCfg.q_shared_groups() * kTileRows) * layout::kSwizzleRowBytes,
-                                   kPStages / 2,  // two stages, of 32 keys each, share rows of 128 bytes
+                                   static_cast<uint32_t>(kCfg.p_tiles()),
                                    kTileRows * layout::kSwizzleRowBytes,
-                                   sizeof(Control)};
+                                   static_cast<uint32_t>(kCfg.rope_places() * kCfg.group_bytes()),
+                                   sizeof(Control) - (kMaxPStages - kCfg.p_stages()) * sizeof(Rescale)};
   static_assert(kPlan.is_valid());
   return kPlan;
 }

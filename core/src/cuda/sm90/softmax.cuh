@@ -1,4 +1,4 @@
-// One slot's step of the online softmax on score fragments: 64 rows, 32 keys.
+// One block's step of the online softmax on score fragments: 64 rows, 2 kCount keys.
 //
 // The reference maximum of a row moves only when a score passes it by 2^8 (scores are in base 2): in the common case there is no
 // shuffle and nothing to rescale. P is then at most 2^8, and the sum and O carry the same factor, so it cancels. NaN scores never move
@@ -21,13 +21,15 @@ struct SoftmaxState {
   float sum[2] = {0.0f, 0.0f};     // of this lane's columns
 };
 
-__device__ __forceinline__ float maximum_of_row(const float (&s)[16], int row) {
-  float maximum = s[2 * row];
+template <int kCount>
+__device__ __forceinline__ float maximum_of_row(const float (&s)[kCount], int row) {
+  float part[2];  // two chains: one would be a latency a score
 #pragma unroll
-  for (int i = 1; i < 16; ++i) {
-    if (layout::which_row(i) == row) maximum = fmaxf(maximum, s[i]);
+  for (int i = 0; i < kCount; i += 4) {
+    const float pair = fmaxf(s[i + 2 * row], s[i + 2 * row + 1]);
+    part[i / 4 % 2] = i < 8 ? pair : fmaxf(part[i / 4 % 2], pair);
   }
-  return maximum;
+  return fmaxf(part[0], part[1]);
 }
 
 __device__ __forceinline__ float maximum_of_quad(float x) {
@@ -40,33 +42,36 @@ __device__ __forceinline__ float sum_of_quad(float x) {
   return x + __shfl_xor_sync(ptx::kWholeWarp, x, 2);
 }
 
-// s: unscaled scores. True if a reference moved in this warp; rescale then holds the factors of sum (applied here) and O.
-__device__ __forceinline__ bool move_maximum(const float (&s)[16], float scale_log2e, SoftmaxState& state,
-                                             float (&rescale)[2]) {
-  const float slot[2] = {maximum_of_row(s, 0) * scale_log2e, maximum_of_row(s, 1) * scale_log2e};
+// s: unscaled scores. True if a reference moved in this warp; on_moved then gets the factors of O, which are applied to the sums here.
+template <int kCount, class OnMoved>
+__device__ __forceinline__ bool move_maximum(const float (&s)[kCount], float scale_log2e, SoftmaxState& state,
+                                             const OnMoved& on_moved) {
+  const float block[2] = {maximum_of_row(s, 0) * scale_log2e, maximum_of_row(s, 1) * scale_log2e};
   const bool is_moved = __any_sync(
-      ptx::kWholeWarp, slot[0] > state.maximum[0] + kMaximumSlack || slot[1] > state.maximum[1] + kMaximumSlack);
+      ptx::kWholeWarp, block[0] > state.maximum[0] + kMaximumSlack || block[1] > state.maximum[1] + kMaximumSlack);
   if (is_moved) {
+    float rescale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float moved = fmaxf(maximum_of_quad(slot[r]), state.maximum[r]);
+      const float moved = fmaxf(maximum_of_quad(block[r]), state.maximum[r]);
       const bool is_empty = moved == -INFINITY;  // nothing visible so far: -inf - -inf would be NaN
       rescale[r] = is_empty ? 1.0f : ptx::ex2_approx(state.maximum[r] - moved);
       state.maximum[r] = moved;
       state.offset[r] = is_empty ? 0.0f : -moved;
       state.sum[r] *= rescale[r];
     }
+    on_moved(rescale);
   }
   return is_moved;
 }
 
-// packed: P of 32 keys as two m64k16 A fragments.
-template <DType kDType>
-__device__ __forceinline__ void exponentials(const float (&s)[16], float scale_log2e, SoftmaxState& state,
-                                             uint32_t (&packed)[8]) {
+// packed: P as m64k16 A fragments of four registers.
+template <DType kDType, int kCount>
+__device__ __forceinline__ void exponentials(const float (&s)[kCount], float scale_log2e, SoftmaxState& state,
+                                             uint32_t (&packed)[kCount / 2]) {
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < 16; i += 2) {
+  for (int i = 0; i < kCount; i += 2) {
     const int r = layout::which_row(i);
     const float low = ptx::ex2_approx(fmaf(s[i], scale_log2e, state.offset[r]));
     const float high = ptx::ex2_approx(fmaf(s[i + 1], scale_log2e, state.offset[r]));

@@ -6,7 +6,10 @@
 
 namespace mla::cuda::sm90 {
 
-const void* schedule_kernel_handle() { return reinterpret_cast<const void*>(&schedule_kernel); }
+const void* schedule_kernel_handle(int32_t block_tokens) {
+  return block_tokens == kWideBlock ? reinterpret_cast<const void*>(&schedule_kernel<kWideBlock>)
+                                    : reinterpret_cast<const void*>(&schedule_kernel<kNarrowBlock>);
+}
 const void* merge_kernel_handle() { return reinterpret_cast<const void*>(&merge_kernel); }
 namespace {
 

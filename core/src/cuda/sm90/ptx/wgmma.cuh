@@ -97,6 +97,73 @@ __device__ __forceinline__ void wgmma_m64n32k16_ss(float (&d)[16], uint64_t a, u
 }
 #undef MLA_WGMMA_M64N32K16_SS
 
+// The same of 64 keys.
+#define MLA_WGMMA_M64N64K16_RS(TYPE)                                                                                \
+  asm volatile(                                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                   \
+      " {"                                                                                                          \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                      \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                              \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                                \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),      \
+        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),     \
+        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+template <DType kDType>
+__device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(kDType == DType::kBf16 || kDType == DType::kFp16);
+  if constexpr (kDType == DType::kBf16) {
+    MLA_WGMMA_M64N64K16_RS("bf16");
+  } else {
+    MLA_WGMMA_M64N64K16_RS("f16");
+  }
+}
+#undef MLA_WGMMA_M64N64K16_RS
+
+#define MLA_WGMMA_M64N64K16_SS(TYPE)                                                                                \
+  asm volatile(                                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                   \
+      " {"                                                                                                          \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                      \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                              \
+      "}, %32, %33, p, 1, 1, 0, 0;\n}"                                                                              \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),      \
+        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),     \
+        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                   \
+      : "l"(a), "l"(b), "r"(accumulate))
+template <DType kDType>
+__device__ __forceinline__ void wgmma_m64n64k16_ss(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(kDType == DType::kBf16 || kDType == DType::kFp16);
+  if constexpr (kDType == DType::kBf16) {
+    MLA_WGMMA_M64N64K16_SS("bf16");
+  } else {
+    MLA_WGMMA_M64N64K16_SS("f16");
+  }
+}
+#undef MLA_WGMMA_M64N64K16_SS
+
+// Scores of 32 or of 64 keys.
+template <DType kDType>
+__device__ __forceinline__ void wgmma_scores_rs(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  wgmma_m64n32k16_rs<kDType>(d, a, b, accumulate);
+}
+template <DType kDType>
+__device__ __forceinline__ void wgmma_scores_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  wgmma_m64n64k16_rs<kDType>(d, a, b, accumulate);
+}
+template <DType kDType>
+__device__ __forceinline__ void wgmma_scores_ss(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
+  wgmma_m64n32k16_ss<kDType>(d, a, b, accumulate);
+}
+template <DType kDType>
+__device__ __forceinline__ void wgmma_scores_ss(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  wgmma_m64n64k16_ss<kDType>(d, a, b, accumulate);
+}
+
 // O[64 rows, 128 columns] += P[64, 16 keys] in shared memory x V[16 keys, 128] N-major.
 #define MLA_WGMMA_M64N128K16_SS_T(TYPE)                                                                             \
   asm volatile(                                                                                                     \

@@ -70,7 +70,7 @@ struct Guess {
       work.begin_block = from.block;
     }
     __syncwarp();
-    return from.block * kBlockTokens < len && q_tokens >= 0 && work.first_row >= 0 && tile_rows(p.config, work) > 0;
+    return from.block * kNarrowBlock < len && q_tokens >= 0 && work.first_row >= 0 && tile_rows(p.config, work) > 0;
   }
 
   // Whether the piece seems to be all of its item.
@@ -91,7 +91,7 @@ struct Guess {
   __device__ __forceinline__ bool complete(const Again& now) const {
     const schedule::Boundary& from = boundary(0);
     const int32_t len = words()[kLenWord];
-    const int32_t n = (len - 1) / kBlockTokens + 1;  // len > 0, see find
+    const int32_t n = (len - 1) / kNarrowBlock + 1;  // len > 0, see find
     const int64_t slot_prefix = static_cast<uint32_t>(words()[kSlotWord]) | int64_t{words()[kSlotWord + 1]} << 32;
     const schedule::Piece piece = schedule::piece_at(p.config, blockIdx.y, from, boundary(1), n, slot_prefix);
     if (ctx.lane == 0) write_keys(p, piece, len, ctx.control->work[0]);

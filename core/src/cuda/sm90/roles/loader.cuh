@@ -1,4 +1,4 @@
-// One warp keeps the ring of slots full: rows of Q, then keys, of one piece after the other.
+// One warp keeps the ring of slots full: rows of Q, then keys, of one piece after the other. Of narrow blocks; wide_loader.cuh has the other.
 //
 // Between two kernels of a stream there are some microseconds in which nothing may be computed. In them the loader guesses the first piece
 // from the schedule, and its pages from the block table, as they are then. Behind the wait for the kernels before it asks for Q and the first keys
@@ -57,7 +57,7 @@ struct Loader {
     const int32_t rows = tile_rows(p.config, work);
     if constexpr (!kIsGuess) limit_flight();  // where Q takes two slots it is one more: the keys wait for that
 #pragma unroll 1
-    for (int half = 0; half < q_slots(rows); ++half) {
+    for (int half = 0; half < q_slots<kCfg>(rows); ++half) {
       const int32_t first = half * layout::kSlotRows;
       const int32_t row = first + ctx.lane * p.q_run;  // of this lane's run, in the tile
       const int32_t at_row = work.first_row + row;
@@ -85,12 +85,12 @@ struct Loader {
   __device__ __forceinline__ void load_keys(const Work& work, int32_t next_page, int32_t first_run) {
     const int32_t run = p.kv_run;
     // Of this lane's run in the next slot.
-    int32_t token = work.begin_block * kBlockTokens + (first_run + ctx.lane) * run;
-    while (token - ctx.lane * run < work.end_block * kBlockTokens) {
+    int32_t token = work.begin_block * kNarrowBlock + (first_run + ctx.lane) * run;
+    while (token - ctx.lane * run < work.end_block * kNarrowBlock) {
       const int32_t page = next_page;
       next_page = page_of(p, work, token + (32 - first_run) * run);
 #pragma unroll 1
-      for (; first_run < 32 && token - ctx.lane * run < work.end_block * kBlockTokens;
+      for (; first_run < 32 && token - ctx.lane * run < work.end_block * kNarrowBlock;
            first_run += layout::kSlotRows / run) {
         const int32_t slot_page = __shfl_sync(ptx::kWholeWarp, page, first_run + ctx.lane);
         limit_flight();

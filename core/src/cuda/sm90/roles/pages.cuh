@@ -19,7 +19,7 @@ __device__ __forceinline__ int32_t page_of(const DecodeParams& p, const Work& wo
 
 // A window is 32 runs of tokens, one a lane: where this lane's begins in the first window from a block on, and its page.
 __device__ __forceinline__ int32_t first_token(const DecodeParams& p, int32_t block, int lane) {
-  return block * kBlockTokens + lane * p.kv_run;
+  return block * kNarrowBlock + lane * p.kv_run;
 }
 __device__ __forceinline__ int32_t first_page_of(const DecodeParams& p, const Work& work, int lane) {
   return page_of(p, work, first_token(p, work.begin_block, lane));

@@ -36,9 +36,20 @@ __device__ __forceinline__ void write_keys(const DecodeParams& p, const schedule
 }
 
 using WorkCursor = Cursor<kWorkStages>;
-using PCursor = Cursor<kPStages>;
 
-// The row scales are one buffer, passed once for each work.
-__device__ __forceinline__ Cursor<1> scale_at(WorkCursor at) { return {at.value}; }
+// A stage of P: a tile of 64 keys, or half of one.
+template <DecodeConfig kCfg>
+using PCursor = Cursor<kCfg.p_stages()>;
+template <DecodeConfig kCfg>
+__device__ __forceinline__ uint32_t p_tile(const RoleContext& ctx, const PCursor<kCfg>& at) {
+  return ctx.shared + smem_plan<kCfg>().p(at.stage() * kCfg.block_tokens / kWideBlock);
+}
+template <DecodeConfig kCfg>
+__device__ __forceinline__ int first_key_in_tile(const PCursor<kCfg>& at) {
+  return at.stage() * kCfg.block_tokens % kWideBlock;
+}
+
+// Of what is one buffer, passed once for each work: the row scales, and Q of wide blocks.
+__device__ __forceinline__ Cursor<1> once_a_work(WorkCursor at) { return {at.value}; }
 
 }  // namespace mla::cuda::sm90

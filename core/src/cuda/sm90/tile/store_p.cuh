@@ -1,4 +1,4 @@
-// P of 32 keys from registers into half of a [64 rows, 64 keys] tile of shared memory, swizzled.
+// P from registers into a [64 rows, 64 keys] tile of shared memory, swizzled: all of it, or half.
 #pragma once
 
 #include "cuda/sm90/ptx/matrix.cuh"
@@ -6,12 +6,20 @@
 
 namespace mla::cuda::sm90 {
 
-// half: which 32 of the 64 keys.
-__device__ __forceinline__ void store_p(uint32_t s_p, int half, int warp, int lane, const uint32_t (&packed)[8]) {
-  const uint32_t row = warp * 16 + lane % 16;
-  const uint32_t chunk = half * 4 + lane / 16;
-  ptx::stmatrix_x4(s_p + layout::swizzled_chunk(row, chunk), packed[0], packed[1], packed[2], packed[3]);
-  ptx::stmatrix_x4(s_p + layout::swizzled_chunk(row, chunk + 2), packed[4], packed[5], packed[6], packed[7]);
+// Where this lane's rows of P begin in a tile that begins at 0.
+__device__ __forceinline__ uint32_t p_place(int warp, int lane) {
+  return layout::swizzled_chunk(warp * 16 + lane % 16, lane / 16);
+}
+
+// packed: A fragments of kCount / 4 steps of 16 keys. place: p_place in this tile. first_key: a multiple of 32. Chunks 2, 4 and 6 differ from chunk 0 in bits
+// that the swizzle leaves where they are.
+template <int kCount>
+__device__ __forceinline__ void store_p(uint32_t place, int first_key, const uint32_t (&packed)[kCount]) {
+  const uint32_t first = place ^ first_key / 8 * layout::kChunkBytes;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    ptx::stmatrix_x4(first ^ i / 2 * layout::kChunkBytes, packed[i], packed[i + 1], packed[i + 2], packed[i + 3]);
+  }
 }
 
 }  // namespace mla::cuda::sm90

@@ -7,17 +7,16 @@
 
 namespace mla::cuda::sm90 {
 
-// slot: address of a slot's first column group of this warpgroup's half. Rows [first_row, 32) of its four groups; the caller syncs.
-__device__ __forceinline__ void zero_tail(uint32_t slot, int first_row, int thread) {
+// values: address of the first of kGroups column groups that lie together. Rows [first_row, kRows) of them; the caller syncs.
+template <int kRows, int kGroups>
+__device__ __forceinline__ void zero_tail(uint32_t values, int first_row, int thread) {
   constexpr int kChunksOfRow = layout::kSwizzleRowBytes / layout::kChunkBytes;
-  constexpr int kGroups = kHalfColumns / layout::kGroupColumns;
   const int begin = first_row < 0 ? 0 : first_row;
-  for (int i = begin * kChunksOfRow * kGroups + thread; i < layout::kSlotRows * kChunksOfRow * kGroups;
-       i += kMathThreads) {
+  for (int i = begin * kChunksOfRow * kGroups + thread; i < kRows * kChunksOfRow * kGroups; i += kMathThreads) {
     const int row = i / (kChunksOfRow * kGroups);
     const int group = i / kChunksOfRow % kGroups;
     const uint32_t address =
-        slot + group * layout::kGroupBytes + row * layout::kSwizzleRowBytes + i % kChunksOfRow * layout::kChunkBytes;
+        values + (group * kRows + row) * layout::kSwizzleRowBytes + i % kChunksOfRow * layout::kChunkBytes;
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
   }
   ptx::fence_proxy_async();

@@ -1,0 +1,23 @@
+// The part of Q that wide blocks keep in registers, from its ring slots into A fragments.
+#pragma once
+
+#include "cuda/sm90/config.h"
+#include "cuda/sm90/ptx/matrix.cuh"
+#include "layout/swizzle.h"
+
+namespace mla::cuda::sm90 {
+
+// slot(i): address of the i-th slot of Q, [column group, 64 rows, 128 bytes], swizzled. All rows exist.
+template <DecodeConfig kCfg, class Slot>
+__device__ __forceinline__ void take_wide_q(const Slot& slot, int warp, int lane,
+                                            uint32_t (&r_q)[kCfg.q_register_steps()][4]) {
+  const uint32_t place = layout::swizzled_chunk(warp * 16 + lane % 16, lane / 16);
+#pragma unroll
+  for (int step = 0; step < kCfg.q_register_steps(); ++step) {
+    const int group = step / 4;
+    const uint32_t line = slot(group / kCfg.slot_groups()) + group % kCfg.slot_groups() * kCfg.group_bytes() + place;
+    ptx::ldmatrix_x4(r_q[step], line ^ step % 4 * 2 * layout::kChunkBytes);
+  }
+}
+
+}  // namespace mla::cuda::sm90
