@@ -212,8 +212,9 @@ class WideCta {
       wait_full(r, Barrier::kWorkFull, piece);
       n += q_slots();
       for (int k = 0; k < blocks[i]; ++k, n += config_.slots_of_block(), ++p) {
-        wait_full(r, Barrier::kSlotFull,
-                  config_.loads_of_block() * p + piece + 1 + half);  // as roles/outputs.cuh has it
+        const int load = config_.loads_of_block() * p + piece + 1;  // as roles/outputs.cuh has it
+        wait_full(r, Barrier::kSlotFull, load);
+        if (half == 1) wait_full(r, Barrier::kSlotFull, load + 1);
         wait_full(r, Barrier::kPFull, p);
         if (half == 1) wait_full(r, Barrier::kTurn, p);
         for (int j = 0; j < 2; ++j) {

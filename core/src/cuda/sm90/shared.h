@@ -41,8 +41,8 @@ static_assert(kMagicWord == 2 * sizeof(schedule::Boundary) / sizeof(int32_t));
 
 // What goes with a block's P.
 struct Rescale {
-  float factor[kTileRows];         // what O is multiplied with before this block's P V
-  uint8_t is_needed[kScoreWarps];  // per 16 rows: whether any of them is
+  float factor[kTileRows];          // what O is multiplied with before this block's P V
+  uint32_t is_needed[kScoreWarps];  // per 16 rows: whether any of them is
 };
 
 struct Control {

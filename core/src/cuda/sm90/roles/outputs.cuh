@@ -92,10 +92,10 @@ struct Outputs {
     ptx::wgmma_commit_group();
   }
 
-  // The load that this half waits for at the block at `ring`. Of a wide block the second half needs both: the first one tells of the other by the turn.
-  __device__ __forceinline__ Cursor<kCfg.loads()> awaited_load(WorkCursor at) const {
+  // The load that brings the first slots of the block at `ring`.
+  __device__ __forceinline__ Cursor<kCfg.loads()> first_load(WorkCursor at) const {
     if constexpr (kCfg.is_wide()) {
-      return {p_at.value * kCfg.loads_of_block() + at.value + 1 + half};  // Q was one of each work
+      return {p_at.value * kCfg.loads_of_block() + at.value + 1};  // Q was one of each work
     } else {
       return ring;
     }
@@ -108,11 +108,14 @@ struct Outputs {
     const uint32_t second =
         kCfg.is_wide() ? ptx::low_half_now(ptx::n_major_descriptor(values(1), kCfg.group_bytes()))
                        : first + static_cast<uint32_t>(ptx::descriptor_step(kQuarterGroups * kCfg.group_bytes()));
-    wait_full<Barrier::kSlotFull>(ctx.barriers, awaited_load(at));
+    wait_full<Barrier::kSlotFull>(ctx.barriers, first_load(at));
     wait_full<Barrier::kPFull>(ctx.barriers, p_at);
     ptx::fence_proxy_async();  // P was written by stmatrix
     if constexpr (kCfg.is_wide()) {
-      if (half == 1) wait_full<Barrier::kTurn>(ctx.barriers, p_at);
+      if (half == 1) {
+        wait_full<Barrier::kSlotFull>(ctx.barriers, first_load(at).ahead(1));
+        wait_full<Barrier::kTurn>(ctx.barriers, p_at);
+      }
     }
     if (!is_first && ctx.control->rescale[p_at.stage()].is_needed[ctx.warp]) rescale(o);
     if (valid_keys < kCfg.block_tokens) zero_hidden(valid_keys);

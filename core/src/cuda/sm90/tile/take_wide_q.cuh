@@ -7,7 +7,8 @@
 
 namespace mla::cuda::sm90 {
 
-// slot(i): address of the i-th slot of Q, [column group, 64 rows, 128 bytes], swizzled. All rows exist.
+// slot(i): address of the i-th slot of Q, [column group, 64 rows, 128 bytes], swizzled. All rows exist. When this returns, all lanes of the warp have
+// read.
 template <DecodeConfig kCfg, class Slot>
 __device__ __forceinline__ void take_wide_q(const Slot& slot, int warp, int lane,
                                             uint32_t (&r_q)[kCfg.q_register_steps()][4]) {
@@ -18,6 +19,7 @@ __device__ __forceinline__ void take_wide_q(const Slot& slot, int warp, int lane
     const uint32_t line = slot(group / kCfg.slot_groups()) + group % kCfg.slot_groups() * kCfg.group_bytes() + place;
     ptx::ldmatrix_x4(r_q[step], line ^ step % 4 * 2 * layout::kChunkBytes);
   }
+  __syncwarp();
 }
 
 }  // namespace mla::cuda::sm90
