@@ -171,7 +171,7 @@ typedef struct mla_problem {
   int64_t q_len;         /* query tokens of a request: exact for uniform q, the most of any one request for ragged q; >= 1 */
   int64_t max_q_tokens;  /* most query tokens in a call of ragged q; 0: max_batch * q_len */
   int64_t max_len;       /* most cached tokens of one request, >= 1 */
-  int64_t max_tokens;    /* most cached tokens of all requests of a call together; 0: max_batch * max_len */
+  int64_t max_tokens;    /* most cached tokens of all requests of a call together; 0: max_batch * max_len. Kernels are chosen for it */
   int32_t q_heads;       /* a multiple of kv_heads */
   int32_t kv_heads;      /* default 1 */
   int32_t head_dim;      /* width of q and of a cache row, default 576 */

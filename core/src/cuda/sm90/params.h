@@ -36,9 +36,8 @@ struct DecodeParams {
   ResultParams result;
   int32_t batch;
   layout::Divider page_size, kv_heads;
-  int32_t
-      most_in_flight;  // narrow slots of a CTA that are being loaded at the same time, but one more for Q; < ring_slots
-  int32_t prefetched_slots;  // narrow, of the first piece where it is whole, while the kernel before decode ends
+  int32_t most_in_flight;  // narrow: slots of a CTA that are loaded at the same time, but one more for Q; < ring_slots
+  int32_t prefetched_slots;  // narrow: of a whole first piece, while the kernel before decode ends
   int32_t kv_run;            // layout::run_rows of a page
   int32_t q_run;             // layout::run_rows of the heads of a query token
   float scale_log2e;

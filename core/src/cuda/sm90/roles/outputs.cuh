@@ -153,8 +153,8 @@ struct Outputs {
       locate_rows(work);
       OutputFragment o;
       ring = ring.ahead(q_slots<kCfg>(tile_rows(p.config, work)));
-      for (int32_t block = work.begin_block; block < work.end_block;
-           ++block)  // read again each time: registers are few
+      // Read again for each block: registers are few.
+      for (int32_t block = work.begin_block; block < work.end_block; ++block)
         add_block(o, block == work.begin_block, work.len_tokens - block * kCfg.block_tokens, at);
       wait_full<Barrier::kScaleFull>(ctx.barriers, once_a_work(at));
       if (work.slot != kDropped)
