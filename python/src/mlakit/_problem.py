@@ -45,7 +45,8 @@ class Problem:
     max_q_tokens: int = 0
     """Ragged q: most query tokens in a call; 0: max_batch * q_len."""
     max_tokens: int = 0
-    """Most cached tokens of all requests of a call together; 0: max_batch * max_len. Kernels are chosen for it, so a close number is a fast one."""
+    """Most cached tokens of all requests of a call together; 0: max_batch * max_len. Kernels are chosen for it: a close number
+    is the fast one."""
     kv_heads: int = 1
     head_dim: int = 576
     """Width of q and of a cache row, in elements."""
