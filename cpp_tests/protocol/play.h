@@ -67,6 +67,50 @@ struct Role {
   bool is_done() const { return next == steps.size(); }
 };
 
+// A CTA as its barriers and roles, perhaps one of a pair. What the roles do is Self's.
+template <class Self>
+class PlayedCta {
+ public:
+  PlayedCta(const PlayedCta&) = delete;  // the roles point to it
+
+  std::vector<Role>& roles() { return roles_; }
+
+  static void join(Self& a, Self& b) {
+    a.other_ = &b;
+    b.other_ = &a;
+    b.rank_ = 1;
+  }
+
+ protected:
+  explicit PlayedCta(const sm90::DecodeConfig& config) : barriers_(config) {}
+
+  void wait_full(Role& r, Barrier id, int n) {
+    r.wait([this, id, n] { return barriers_.is_full(id, n); });
+  }
+  void wait_empty(Role& r, Barrier id, int n) {
+    r.wait([this, id, n] { return barriers_.is_empty(id, n); });
+  }
+  void arrive(Role& r, Barrier id, int n) {
+    r.act([this, id, n] { barriers_.of_use(id, n).arrive(); });
+  }
+  // The other CTA, which must not have ended: what its copy engine does may come later.
+  Self& other() const {
+    const std::vector<Role>& roles = other_->roles_;
+    REQUIRE(std::any_of(roles.begin(), roles.end(), [](const Role& r) { return r.name != "copies" && !r.is_done(); }));
+    return *other_;
+  }
+  // The own barrier, then the other CTA's.
+  void release_both(Role& r, Barrier id, int n) {
+    arrive(r, id, n);
+    r.act([this, id, n] { other().barriers_.of_use(id, n).arrive(); });
+  }
+
+  Barriers barriers_;
+  std::vector<Role> roles_;
+  Self* other_ = nullptr;
+  size_t rank_ = 0;  // in the pair
+};
+
 // choose picks among the roles that are not done; a role then goes on until it has to wait. Fails if all wait.
 template <class Cta>
 void play(const std::vector<Cta*>& ctas, const std::function<size_t(size_t)>& choose) {

@@ -26,10 +26,12 @@ struct Guess {
 using SlotContent = std::array<int, 2>;
 
 // One CTA. The kernel's program, as seen by the barriers. A CTA that shares pages has to be joined with another one.
-class Cta {
+class Cta : public PlayedCta<Cta> {
+  friend PlayedCta<Cta>;
+
  public:
   Cta(const std::vector<Piece>& pieces, const sm90::DecodeConfig& config, int most_in_flight, Guess guess)
-      : barriers_(config),
+      : PlayedCta(config),
         slot_content_(static_cast<size_t>(config.ring_slots()), SlotContent{-1, -1}),
         most_in_flight_(most_in_flight),
         shares_pages_(config.shares_pages) {
@@ -40,41 +42,17 @@ class Cta {
     for (int warp = 0; warp < sm90::kOutputWarps; ++warp) add_output_warp(pieces);
   }
 
-  Cta(const Cta&) = delete;  // the roles point to it
-
-  std::vector<Role>& roles() { return roles_; }
-
-  static void join(Cta& a, Cta& b) {
-    a.other_ = &b;
-    b.other_ = &a;
-    b.rank_ = 1;
-  }
-
  private:
-  void wait_full(Role& r, Barrier id, int n) {
-    r.wait([this, id, n] { return barriers_.is_full(id, n); });
-  }
-  void wait_empty(Role& r, Barrier id, int n) {
-    r.wait([this, id, n] { return barriers_.is_empty(id, n); });
-  }
-  void arrive(Role& r, Barrier id, int n) {
-    r.act([this, id, n] { barriers_.of_use(id, n).arrive(); });
-  }
   SlotContent& content(int n) { return slot_content_[static_cast<size_t>(n) % slot_content_.size()]; }
   void read_slot(Role& r, int n) {
     r.act([this, n] { CHECK(content(n) == SlotContent{n, n}); });
   }
-  // Own and, where pages are shared, the other CTA's barrier, one after the other.
   void release_slot(Role& r, int n) {
-    arrive(r, Barrier::kSlotEmpty, n);
-    if (!shares_pages_) return;
-    r.act([this, n] {
-      REQUIRE(other_->is_running());
-      other_->barriers_.of_use(Barrier::kSlotEmpty, n).arrive();
-    });
-  }
-  bool is_running() const {
-    return std::any_of(roles_.begin(), roles_.end(), [](const Role& r) { return r.name != "copies" && !r.is_done(); });
+    if (shares_pages_) {
+      release_both(r, Barrier::kSlotEmpty, n);
+    } else {
+      arrive(r, Barrier::kSlotEmpty, n);
+    }
   }
 
   void add_planner(int pieces, bool is_right) {
@@ -149,9 +127,8 @@ class Cta {
       content(n) = {n, n};
       return;
     }
-    REQUIRE(other_->is_running());
     content(n)[rank_] = n;
-    other_->content(n)[rank_] = n;
+    other().content(n)[rank_] = n;
   }
 
   // The bytes of every second slot land, some time after the load was issued: so neighbours land in either order.
@@ -217,14 +194,10 @@ class Cta {
     roles_.push_back(std::move(r));
   }
 
-  Barriers barriers_;
   std::vector<SlotContent> slot_content_;
   int most_in_flight_;
   bool shares_pages_;
-  Cta* other_ = nullptr;
-  size_t rank_ = 0;  // in the pair
   int issued_ = 0;
-  std::vector<Role> roles_;
 };
 
 Guess any_guess(std::mt19937& random) {

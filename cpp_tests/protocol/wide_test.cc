@@ -10,11 +10,13 @@ namespace {
 // Who wrote each half of a slot; the two CTAs load one each.
 using SlotContent = std::array<int, 2>;
 
-class WideCta {
+class WideCta : public PlayedCta<WideCta> {
+  friend PlayedCta<WideCta>;
+
  public:
   // blocks: of each piece.
   WideCta(const std::vector<int>& blocks, const sm90::DecodeConfig& config)
-      : config_(config), barriers_(config), slots_(static_cast<size_t>(config.ring_slots()), SlotContent{-1, -1}) {
+      : PlayedCta(config), config_(config), slots_(static_cast<size_t>(config.ring_slots()), SlotContent{-1, -1}) {
     add_planner(static_cast<int>(blocks.size()));
     add_loader(blocks);
     for (int warp = 0; warp < sm90::kScoreWarps; ++warp) add_score_warp(blocks);
@@ -23,39 +25,10 @@ class WideCta {
     }
   }
 
-  WideCta(const WideCta&) = delete;  // the roles point to it
-
-  std::vector<Role>& roles() { return roles_; }
-
-  static void join(WideCta& a, WideCta& b) {
-    a.other_ = &b;
-    b.other_ = &a;
-    b.rank_ = 1;
-  }
-
  private:
   int q_slots() const { return config_.q_first_shared_group() / config_.slot_groups(); }
   bool has_rope() const { return config_.rope_places() > 0; }
 
-  void wait_full(Role& r, Barrier id, int n) {
-    r.wait([this, id, n] { return barriers_.is_full(id, n); });
-  }
-  void wait_empty(Role& r, Barrier id, int n) {
-    r.wait([this, id, n] { return barriers_.is_empty(id, n); });
-  }
-  void arrive(Role& r, Barrier id, int n) {
-    r.act([this, id, n] { barriers_.of_use(id, n).arrive(); });
-  }
-  void release(Role& r, Barrier id, int n) {
-    arrive(r, id, n);
-    r.act([this, id, n] {
-      REQUIRE(other_->is_running());
-      other_->barriers_.of_use(id, n).arrive();
-    });
-  }
-  bool is_running() const {
-    return std::any_of(roles_.begin(), roles_.end(), [](const Role& r) { return r.name != "copies" && !r.is_done(); });
-  }
   SlotContent& slot(int n) { return slots_[static_cast<size_t>(n) % slots_.size()]; }
   void read_slot(Role& r, int n) {
     r.act([this, n] { CHECK(slot(n) == SlotContent{n, n}); });
@@ -95,9 +68,8 @@ class WideCta {
   // One half of a slot of keys, into both CTAs.
   void load_half(Role& r, int n) {
     land(issue(r), [this, n] {
-      REQUIRE(other_->is_running());
       slot(n)[rank_] = n;
-      other_->slot(n)[rank_] = n;
+      other().slot(n)[rank_] = n;
     });
   }
 
@@ -137,8 +109,7 @@ class WideCta {
     if (has_rope()) {
       land(is_late_told, [this, block] {  // only one CTA's turn
         if (block % 2 != static_cast<int>(rank_)) return;
-        REQUIRE(other_->is_running());
-        rope_ = other_->rope_ = block;
+        rope_ = other().rope_ = block;
       });
       wait_empty(r, Barrier::kSlotEmpty, last);
     }
@@ -174,7 +145,7 @@ class WideCta {
       wait_full(r, Barrier::kSlotFull, load++);
       for (int k = 0; k < q_slots(); ++k, ++n) {
         read_slot(r, n);
-        release(r, Barrier::kSlotEmpty, n);
+        release_both(r, Barrier::kSlotEmpty, n);
       }
       const auto read_q = [&] { r.act([this, piece] { CHECK(q_ == piece); }); };
       for (int k = 0; k < blocks[i]; ++k, n += config_.slots_of_block(), ++block) {
@@ -187,7 +158,7 @@ class WideCta {
         read_q();
         if (k > 0) arrive(r, Barrier::kPFull, p++);  // not before, however late the keys are
         wait_empty(r, Barrier::kPEmpty, p);
-        if (has_rope()) release(r, Barrier::kRopeEmpty, block);
+        if (has_rope()) release_both(r, Barrier::kRopeEmpty, block);
         if (k + 1 == blocks[i]) arrive(r, Barrier::kQEmpty, piece);
       }
       if (blocks[i] > 0) {
@@ -220,7 +191,7 @@ class WideCta {
         for (int j = 0; j < 2; ++j) {
           read_slot(r, n + 2 * half + j);
           if (half == 0 && j == 0) arrive(r, Barrier::kTurn, p);
-          release(r, Barrier::kSlotEmpty, n + 2 * half + j);
+          release_both(r, Barrier::kSlotEmpty, n + 2 * half + j);
         }
         arrive(r, Barrier::kPEmpty, p);
       }
@@ -232,13 +203,9 @@ class WideCta {
   }
 
   sm90::DecodeConfig config_;
-  Barriers barriers_;
   std::vector<SlotContent> slots_;
   int rope_ = -1, q_ = -1;
-  WideCta* other_ = nullptr;
-  size_t rank_ = 0;  // in the pair
   int steps_ = 0, issued_ = 0;
-  std::vector<Role> roles_;
 };
 
 }  // namespace
