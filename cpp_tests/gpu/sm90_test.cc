@@ -365,13 +365,17 @@ TEST_CASE("small batches match double precision") {
   check_decode({1, 128, 1, 1, false, 0, {70}});
 }
 
-TEST_CASE("small batches of wide blocks match double precision") {
+TEST_CASE("small batches of several pieces a CTA match double precision, in narrow and in wide blocks") {
   if (!has_hopper()) return;
-  std::vector<int32_t> lengths(36);
+  std::vector<int32_t> lengths(70);
   for (size_t i = 0; i < lengths.size(); ++i) lengths[i] = static_cast<int32_t>(i * 37 % 150);
   lengths[7] = 400;
-  const Shape s{2, 128, 1, 64, true, 0, lengths, 4096};
-  CHECK(make_plan(make_problem(s), mla::kSm90Backend).config.block_tokens == 64);
-  check_decode(s);
-  check_schedule(s, lengths);
+  for (const int64_t q_len : {1, 2}) {
+    for (const int64_t max_len : {400, 16384}) {
+      const Shape s{q_len, 128, 1, 64, true, 0, lengths, max_len};
+      CHECK(make_plan(make_problem(s), mla::kSm90Backend).config.block_tokens == (max_len > 400 ? 64 : 32));
+      check_decode(s);
+      check_schedule(s, lengths);
+    }
+  }
 }

@@ -79,6 +79,15 @@ __device__ __forceinline__ bool is_full(uint32_t barriers, const Cursor<kStages>
   return ptx::mbarrier_test_wait_parity(barrier_address<kId>(barriers, at.stage()), at.phase());
 }
 
+// One lane arrives for its warp, behind a __syncwarp where the others used what is let go of, or wrote what is handed over. To compute-sanitizer's
+// racecheck a barrier orders only what the arriving thread did itself, so it reports all that as hazards: a build for it lets every lane arrive.
+#ifdef MLAKIT_EVERY_LANE_ARRIVES
+inline constexpr int kArrivingLanes = 32;
+#else
+inline constexpr int kArrivingLanes = 1;
+#endif
+__device__ __forceinline__ bool arrives(int lane) { return kArrivingLanes == 32 || lane == 0; }
+
 template <Barrier kId>
 __device__ __forceinline__ void arrive(uint32_t barriers, uint32_t stage) {
   ptx::mbarrier_arrive(barrier_address<kId>(barriers, stage));
@@ -95,7 +104,8 @@ __device__ __forceinline__ void release_slot(uint32_t barriers, uint32_t stage) 
 template <DecodeConfig kCfg, uint32_t kIndex = 0>
 __device__ __forceinline__ void init_barriers(uint32_t barriers) {
   constexpr BarrierSpec kSpec = kBarriers[kIndex];
-  constexpr int kArrivals = arrivals_of(kSpec, kCfg);
+  constexpr bool kIsOfWarps = kSpec.arrivals > 1 && kSpec.id != Barrier::kScaleFull;
+  constexpr int kArrivals = arrivals_of(kSpec, kCfg) * (kIsOfWarps ? kArrivingLanes : 1);
 #pragma unroll
   for (int stage = 0; stage < stages_of(kSpec, kCfg); ++stage)
     ptx::mbarrier_init(barrier_address<kSpec.id>(barriers, stage), kArrivals);

@@ -168,7 +168,7 @@ struct Loader {
       load_keys(work, first_page, is_begun || kCfg.shares_pages ? layout::kSlotRows / p.kv_run : 0);
       is_begun = false;
       __syncwarp();
-      if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
+      if (arrives(ctx.lane)) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
     }
     if constexpr (kCfg.shares_pages) drain();
   }

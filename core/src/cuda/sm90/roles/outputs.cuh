@@ -77,7 +77,7 @@ struct Outputs {
       ptx::wgmma_commit_group();
     }
     ptx::wgmma_wait_group<1>();
-    if (ctx.lane == 0) {
+    if (arrives(ctx.lane)) {
       if (half == 0) arrive<Barrier::kTurn>(ctx.barriers, p_at.stage());
       release_slot<kCfg.shares_pages>(ctx.barriers, slot_of(0).stage());
     }
@@ -128,7 +128,7 @@ struct Outputs {
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(o[0]);
     ptx::wgmma_pin(o[1]);
-    if (ctx.lane == 0) {
+    if (arrives(ctx.lane)) {
       release_slot<kCfg.shares_pages>(ctx.barriers, slot_of(1).stage());
       arrive<Barrier::kPEmpty>(ctx.barriers, p_at.stage());
     }
@@ -161,7 +161,7 @@ struct Outputs {
         store_output<kCfg.dtype>(o, p.result, work, tile_rows(p.config, work), ctx.control->scale,
                                  ctx.control->out_row[half], tile, half, ctx.thread);
       __syncwarp();
-      if (ctx.lane == 0) {
+      if (arrives(ctx.lane)) {
         arrive<Barrier::kScaleEmpty>(ctx.barriers, 0);
         const WorkCursor again{ptx::low_half_now(at.value)};  // else its address is kept, and spilled, from the wait on
         arrive<Barrier::kWorkEmpty>(ctx.barriers, again.stage());

@@ -97,7 +97,7 @@ struct Scores {
       ptx::bar_sync<NamedBarrier::kScores>(kMathThreads);
     }
     for (int i = 0; i < q_slots<kCfg>(rows); ++i) {
-      if (ctx.lane == 0) {
+      if (arrives(ctx.lane)) {
         release_slot<kCfg.shares_pages>(ctx.barriers, ring.stage());
         if constexpr (!kCfg.is_wide()) release_slot<kCfg.shares_pages>(ctx.barriers, ring.stage());
       }
@@ -125,7 +125,7 @@ struct Scores {
   // I2: P and the rescale factors of the block are in shared memory before this arrive. The readers fence: it would hold these warps for 200 clocks.
   __device__ __forceinline__ void hand_over_p() {
     __syncwarp();
-    if (ctx.lane == 0) arrive<Barrier::kPFull>(ctx.barriers, p_at.stage());
+    if (arrives(ctx.lane)) arrive<Barrier::kPFull>(ctx.barriers, p_at.stage());
     p_at.advance();
   }
 
@@ -148,9 +148,9 @@ struct Scores {
   // Nobody reads the block's rope any more; of the last one, nor Q.
   __device__ __forceinline__ void release_wide(bool is_last) {
     if constexpr (kCfg.rope_places() > 0) {
-      if (ctx.lane == 0) release_slot<kCfg.shares_pages, Barrier::kRopeEmpty>(ctx.barriers, 0);
+      if (arrives(ctx.lane)) release_slot<kCfg.shares_pages, Barrier::kRopeEmpty>(ctx.barriers, 0);
     }
-    if (is_last && ctx.lane == 0) arrive<Barrier::kQEmpty>(ctx.barriers, 0);
+    if (is_last && arrives(ctx.lane)) arrive<Barrier::kQEmpty>(ctx.barriers, 0);
   }
 
   // P is handed over only when a part of the next block's products is issued, so that P V, which takes its time to begin, runs under the next
@@ -236,10 +236,10 @@ struct Scores {
         run_blocks(work, at);
       } else if constexpr (kCfg.is_wide()) {
         wait_full<Barrier::kQFull>(ctx.barriers, once_a_work(at));  // nobody else does, and the next Q comes there
-        if (ctx.lane == 0) arrive<Barrier::kQEmpty>(ctx.barriers, 0);
+        if (arrives(ctx.lane)) arrive<Barrier::kQEmpty>(ctx.barriers, 0);
       }
       finish(work, at, tile);
-      if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
+      if (arrives(ctx.lane)) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
     }
   }
 };

@@ -153,7 +153,7 @@ struct WideLoader {
       load_q(work);
       load_keys(work, first_page);
       __syncwarp();
-      if (ctx.lane == 0) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
+      if (arrives(ctx.lane)) arrive<Barrier::kWorkEmpty>(ctx.barriers, at.stage());
     }
     drain();
   }
