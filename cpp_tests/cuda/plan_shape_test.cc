@@ -51,10 +51,12 @@ TEST_CASE("an item has as many tiles as its rows fill, and pairs share pages whe
 
 TEST_CASE("blocks are wide for many long requests of many rows") {
   CHECK(block_tokens(problem(128, 1, 128, 16384)) == 64);
-  CHECK(block_tokens(problem(128, 2, 128, 4096)) == 64);
-  CHECK(block_tokens(problem(128, 4, 128, 8192)) == 64);
-  CHECK(block_tokens(problem(128, 1, 128, 8192)) == 32);  // two tiles, and not so long
-  CHECK(block_tokens(problem(128, 2, 128, 2048)) == 32);
+  CHECK(block_tokens(problem(128, 2, 128, 2048)) == 64);
+  CHECK(block_tokens(problem(128, 4, 128, 1024)) == 64);
+  CHECK(block_tokens(problem(128, 1, 128, 4096)) == 64);
+  CHECK(block_tokens(problem(128, 1, 128, 2048)) == 32);
+  CHECK(block_tokens(problem(128, 2, 128, 1984)) == 32);
+  CHECK(block_tokens(problem(128, 4, 128, 960)) == 32);
   CHECK(block_tokens(problem(16, 1, 128, 65536)) == 32);  // fewer requests than parts
   CHECK(block_tokens(problem(128, 1, 64, 65536)) == 32);
   CHECK(block_tokens(problem(128, 1, 126, 65536)) == 32);

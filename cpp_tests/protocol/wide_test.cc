@@ -23,6 +23,7 @@ class WideCta : public PlayedCta<WideCta> {
     for (int half = 0; half < 2; ++half) {
       for (int warp = 0; warp < sm90::kOutputWarps / 2; ++warp) add_output_warp(blocks, half);
     }
+    if (config.has_prefetcher()) add_prefetcher(static_cast<int>(blocks.size()));
   }
 
  private:
@@ -198,6 +199,16 @@ class WideCta : public PlayedCta<WideCta> {
       wait_full(r, Barrier::kScaleFull, piece);
       arrive(r, Barrier::kScaleEmpty, piece);
       arrive(r, Barrier::kWorkEmpty, piece);
+    }
+    roles_.push_back(std::move(r));
+  }
+
+  // What it waits for besides, it does not wait for long.
+  void add_prefetcher(int pieces) {
+    Role r{"prefetcher", {}};
+    for (int i = 0; i < pieces; ++i) {
+      wait_full(r, Barrier::kWorkFull, i);
+      arrive(r, Barrier::kWorkEmpty, i);
     }
     roles_.push_back(std::move(r));
   }

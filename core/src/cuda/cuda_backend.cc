@@ -255,6 +255,7 @@ Status run_decode(const Plan& plan, const DecodeCall& call, void* stream) {
   // Measured, see sm90/README.md.
   params.most_in_flight = state.shape.tiles > 1 ? 3 : 2;
   params.prefetched_slots = 4;
+  params.prefetches_late = state.shape.tiles == 2;
   params.kv_run = layout::run_rows(p.page_size);
   params.q_run = layout::run_rows(p.heads_per_kv_head());
   params.scale_log2e = p.softmax_scale * math::kLog2e;

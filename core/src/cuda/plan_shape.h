@@ -28,11 +28,10 @@ struct PlanShape {
 // Measured, see sm90/README.md.
 inline constexpr int32_t kOverheadTokens = 128, kCutTokens = 896;
 
-// Whether blocks of 64 keys are the faster ones. They take less power, but a piece begins later and late keys are waited for: so where there is
-// a request for each part, and requests are long in a full cache, the more so the fewer rows there are to a key. Not where results must not
-// depend on the batch (I7).
+// Whether blocks of 64 keys are the faster ones. They take less power, but a piece begins later: so where there is a request for each part, and
+// requests are long in a full cache, the less so the more rows there are to a key. Not where results must not depend on the batch (I7).
 inline bool is_wide(const Problem& p, const schedule::Config& c, int32_t tiles) {
-  const int64_t least_mean_len = tiles >= 4 ? 4096 : 16384;
+  const int64_t least_mean_len = 8192 / tiles;
   return p.page_size % sm90::kWideBlock == 0 && p.heads_per_kv_head() % layout::kSlotRows == 0 &&
          p.split_policy != SplitPolicy::kFixedChunk && p.max_tokens / p.max_batch >= least_mean_len &&
          p.max_batch * c.items(p.q_len) >= c.parts;

@@ -85,9 +85,10 @@ def test_other_plans_are_narrow() -> None:
     narrow(wide([100] * 80, page_size=48))
     narrow(wide([100] * 80, q_heads=126))
     narrow(wide([100] * 60))  # fewer requests than parts
-    narrow(Case([100] * 80, [1] * 80, 128, max_len=4096))
-    narrow(Case([100] * 80, [2] * 80, 128, max_len=2048))
+    for q_len, max_len in ((1, 2048), (2, 1024), (4, 512)):
+        narrow(Case([100] * 80, [q_len] * 80, 128, max_len=max_len))
 
 
 def test_more_rows_are_wide_earlier() -> None:
-    run(Case([100, 300, 0, 5] * 20, [2] * 80, 128, max_len=4096))
+    for q_len, max_len in ((1, 4096), (2, 2048), (4, 1024)):
+        run(Case([100, 300, 0, 5] * 20, [q_len] * 80, 128, max_len=max_len))

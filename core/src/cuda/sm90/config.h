@@ -16,7 +16,7 @@ inline constexpr int kQuarterColumns =
 inline constexpr int kLatentGroups = 8;  // column groups of the value part
 inline constexpr int kThreads = 512;     // four warpgroups
 inline constexpr int kMathThreads = 128;
-inline constexpr int kLoaderWarp = 12;
+inline constexpr int kLoaderWarp = 12, kPlannerWarp = 13, kPrefetcherWarp = 14;
 
 inline constexpr int kNarrowBlock = layout::kSlotRows, kWideBlock = 64;
 
@@ -50,6 +50,8 @@ struct DecodeConfig {
   MLA_HD constexpr int loads() const { return is_wide() ? 8 : ring_slots(); }
   MLA_HD constexpr int loads_of_block() const { return is_wide() ? 2 : 1; }
   MLA_HD constexpr int early_slots() const { return slots_of_block() - 1; }
+  // Whether a block's last slot waits for room longer than the others: the ring holds less than three blocks.
+  MLA_HD constexpr bool has_prefetcher() const { return is_wide() && ring_slots() < 3 * slots_of_block(); }
   MLA_HD constexpr int rope_places() const { return is_wide() && has_rope() ? 1 : 0; }
   // Weights of 64 keys: a wide block's, or those of two narrow ones.
   MLA_HD constexpr int p_tiles() const { return 2; }

@@ -1,7 +1,7 @@
 // Dense MLA decode on sm_90a: O = softmax(scale Q K^T) V with Q [rows, 576 | 512], K [len, same], V = K[:, :512]; README.md has the design.
 //
 // A CTA owns up to 64 rows of an item and walks the pieces of its part. Four warpgroups by role:
-//   loader   one warp plans (schedule -> Work), one warp feeds the ring of 32-row slots by TMA
+//   loader   one warp plans (schedule -> Work), one warp feeds the ring of slots by TMA, one prefetches where blocks are wide
 //   scores   S = Q K^T (Q in registers), softmax, P to shared memory
 //   outputs  two warpgroups, 256 columns of O each: O = O * rescale + P V
 #pragma once
@@ -14,6 +14,7 @@
 #include "cuda/sm90/roles/loader.cuh"
 #include "cuda/sm90/roles/outputs.cuh"
 #include "cuda/sm90/roles/planner.cuh"
+#include "cuda/sm90/roles/prefetcher.cuh"
 #include "cuda/sm90/roles/scores.cuh"
 #include "cuda/sm90/roles/wide_loader.cuh"
 
@@ -61,8 +62,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
       } else {
         Loader<kCfg>{p, ctx, guess}.run_all();
       }
-    } else if (ctx.warp == 1 && ctx.lane == 0) {
+    } else if (ctx.warp == kPlannerWarp % 4 && ctx.lane == 0) {
       run_planner(p, ctx, tile, blockIdx.y);
+    } else if (kCfg.has_prefetcher() && ctx.warp == kPrefetcherWarp % 4) {
+      if constexpr (kCfg.has_prefetcher()) Prefetcher<kCfg>{p, ctx}.run_all();
     }
   } else {
     ptx::setmaxnreg_inc<kOutputRegisters>();

@@ -38,6 +38,7 @@ struct DecodeParams {
   layout::Divider page_size, kv_heads;
   int32_t most_in_flight;  // narrow: slots of a CTA that are loaded at the same time, but one more for Q; < ring_slots
   int32_t prefetched_slots;  // narrow: of a whole first piece, while the kernel before decode ends
+  bool prefetches_late;      // wide: see roles/prefetcher.cuh
   int32_t kv_run;            // layout::run_rows of a page
   int32_t q_run;             // layout::run_rows of the heads of a query token
   float scale_log2e;

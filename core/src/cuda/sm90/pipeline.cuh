@@ -73,6 +73,14 @@ __device__ __forceinline__ void wait_empty(uint32_t barriers, const Cursor<kStag
   wait<kId>(barriers, at.stage(), at.phase() ^ 1);
 }
 
+// The same for who only wants to be about in time: gives up after some tries, so that nothing depends on it, nor it on having been in time.
+template <Barrier kId, uint32_t kStages>
+__device__ __forceinline__ void wait_briefly(uint32_t barriers, const Cursor<kStages>& at) {
+  const uint32_t address = barrier_address<kId>(barriers, at.stage());
+  for (int tries = 0; tries < 256 && !ptx::mbarrier_try_wait_parity(address, at.phase()); ++tries) {
+  }
+}
+
 // Whether wait_full would pass at once.
 template <Barrier kId, uint32_t kStages>
 __device__ __forceinline__ bool is_full(uint32_t barriers, const Cursor<kStages>& at) {

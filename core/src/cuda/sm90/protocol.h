@@ -58,13 +58,13 @@ inline constexpr BarrierSpec kBarriers[] = {
     {Barrier::kPFull, "p_full", kMaxPStages, kScoreWarps, false, "each score warp", "outputs"},
     {Barrier::kPEmpty, "p_empty", kMaxPStages, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kTurn, "turn", kMaxPStages, kOutputWarps / 2, false, "each warp of the first output warpgroup",
-     "the second output warpgroup"},
+     "the second output warpgroup; prefetcher, not for long"},
     {Barrier::kScaleFull, "scale_full", 1, kScaleWriters, false, "each score thread that wrote scales", "outputs"},
     {Barrier::kScaleEmpty, "scale_empty", 1, kOutputWarps, true, "each output warp", "scores"},
     {Barrier::kWorkFull, "work_full", kWorkStages, 1, false, "planner; of a right guess: loader",
-     "loader, scores, outputs"},
+     "loader, scores, outputs, prefetcher"},
     {Barrier::kWorkEmpty, "work_empty", kWorkStages, 1 + kScoreWarps + kOutputWarps, true,
-     "loader, each score warp, each output warp", "planner"},
+     "loader, each score warp, each output warp; prefetcher, where there is one", "planner"},
     {Barrier::kGuessJudged, "guess_judged", 1, 1, false, "loader", "planner"},
 };
 
@@ -94,6 +94,7 @@ MLA_HD constexpr int stages_of(const BarrierSpec& spec, const DecodeConfig& conf
 // one of the two output warpgroups.
 MLA_HD constexpr int arrivals_of(const BarrierSpec& spec, const DecodeConfig& config) {
   const bool is_of_keys = spec.id == Barrier::kSlotEmpty || spec.id == Barrier::kRopeEmpty;
+  if (spec.id == Barrier::kWorkEmpty && config.has_prefetcher()) return spec.arrivals + 1;
   const int readers = spec.id == Barrier::kSlotEmpty && config.is_wide() ? spec.arrivals / 2 : spec.arrivals;
   return is_of_keys && config.shares_pages ? 2 * readers : readers;
 }

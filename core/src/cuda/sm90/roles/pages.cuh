@@ -17,7 +17,16 @@ __device__ __forceinline__ int32_t page_of(const DecodeParams& p, const Work& wo
   return place != nullptr ? __ldcg(place) : -1;
 }
 
-// A window is 32 runs of tokens, one a lane: where this lane's begins in the first window from a block on, and its page.
+// Of wide blocks: so many are looked up together, one a lane.
+inline constexpr int kPageWindow = 32;
+
+// -1 past the piece's end.
+template <DecodeConfig kCfg>
+__device__ __forceinline__ int32_t page_of_block(const DecodeParams& p, const Work& work, int32_t block) {
+  return block < work.end_block ? page_of(p, work, block * kCfg.block_tokens) : -1;
+}
+
+// Of narrow ones a window is 32 runs of tokens, one a lane: where this lane's begins in the first window from a block on, and its page.
 __device__ __forceinline__ int32_t first_token(const DecodeParams& p, int32_t block, int lane) {
   return block * kNarrowBlock + lane * p.kv_run;
 }

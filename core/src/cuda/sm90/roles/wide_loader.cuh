@@ -23,7 +23,6 @@ struct WideLoader {
   Cursor<1> rope, q_at;
 
   static_assert(kCfg.shares_pages);
-  static constexpr int kWindow = 32;                      // blocks whose pages are looked up together, one a lane
   static constexpr int kHalfBytes = layout::kGroupBytes;  // 32 rows of a column group of Q
 
   // What the compiler cannot see to be the same in all lanes goes into the copy engine's instructions by a loop over them.
@@ -111,17 +110,13 @@ struct WideLoader {
     __syncwarp();
   }
 
-  __device__ __forceinline__ int32_t page_of_block(const Work& work, int32_t block) const {
-    return block < work.end_block ? page_of(p, work, block * kCfg.block_tokens) : -1;
-  }
-
   // next_page: of this lane's block in the first window. Each window is looked up while the one before is loaded.
   __device__ __forceinline__ void load_keys(const Work& work, int32_t next_page) {
     const int32_t end = uniform(work.end_block), kv_head = uniform(work.kv_head);
-    for (int32_t first = uniform(work.begin_block); first < end; first += kWindow) {
+    for (int32_t first = uniform(work.begin_block); first < end; first += kPageWindow) {
       const int32_t page = next_page;
-      next_page = page_of_block(work, first + kWindow + ctx.lane);
-      const int32_t blocks = min(end - first, kWindow);
+      next_page = page_of_block<kCfg>(p, work, first + kPageWindow + ctx.lane);
+      const int32_t blocks = min(end - first, kPageWindow);
 #pragma unroll 1
       for (int32_t i = 0; i < blocks; ++i) {
         const int32_t token = (first + i) * kCfg.block_tokens;
@@ -149,7 +144,8 @@ struct WideLoader {
       wait_full<Barrier::kWorkFull>(ctx.barriers, at);
       const Work& work = ctx.control->work[at.stage()];
       if (work.request < 0) break;
-      const int32_t first_page = page_of_block(work, work.begin_block + ctx.lane);  // in flight while Q is asked for
+      const int32_t first_page =
+          page_of_block<kCfg>(p, work, work.begin_block + ctx.lane);  // in flight while Q is asked for
       load_q(work);
       load_keys(work, first_page);
       __syncwarp();
