@@ -1,15 +1,17 @@
 // One warp brings of wide blocks what is loaded last from memory to the second-level cache.
 //
-// The ring holds three blocks but one slot. So a block's first slots are asked for a block's time before Q K^T needs them; its last slot, and the rope, when the
-// P V two blocks before has let go of a place, which is some 1400 clocks: from the cache that is enough, from memory at full clock it is not.
-// More than this, or earlier, costs more power than it saves time (README.md).
+// The ring holds three blocks but one slot. So a block's first slots are asked for more than a block's time before Q K^T needs them; its last
+// slot only when the P V two blocks before has let go of one, and the rope when the last Q K^T has, some 1400 clocks before. From the cache that
+// is enough, from memory at full clock it is not. More than this costs power, and what comes earlier is lost again before it is loaded
+// (README.md).
 #pragma once
 
+#include "cuda/sm90/ptx/cluster.cuh"
 #include "cuda/sm90/ptx/common.cuh"
 #include "cuda/sm90/ptx/pdl.cuh"
+#include "cuda/sm90/ptx/tma.cuh"
 #include "cuda/sm90/roles/pages.cuh"
 #include "cuda/sm90/roles/role.cuh"
-#include "cuda/sm90/tile/load_rows.cuh"
 
 namespace mla::cuda::sm90 {
 
@@ -29,7 +31,8 @@ struct Prefetcher {
     if (at_p.value % 2 == rank) ptx::tma_prefetch_5d(&p.kv_rope, {{0, row, 0, kv_head, page}});
   }
 
-  // The first output warpgroup is done with the first slot of the block kAhead before. A hint: who comes late does not find out, and goes on after a while.
+  // Until the first output warpgroup has read the first slot of the block kAhead before. Who comes late would not find out, and goes on after a
+  // while: what this warp does is but a hint.
   __device__ __forceinline__ void keep_pace() const {
     if (at_p.value >= kAhead) wait_briefly<Barrier::kTurn>(ctx.barriers, PCursor<kCfg>{at_p.value - kAhead});
   }
