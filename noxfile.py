@@ -83,10 +83,20 @@ def lint(session: nox.Session) -> None:
     session.run("pytest", "python/tests/test_repository_rules.py", "-p", "no:cacheprovider")
 
 
+def sanitize(session: nox.Session, preset: str, *tools: str) -> None:
+    for tool in tools:
+        test = f"build/{preset}/cpp_tests/gpu/sm90_test"
+        session.run("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", test, "--test-case=small*")
+
+
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Correctness on a Hopper GPU, with the torch that is installed there."""
+    """Correctness on a Hopper GPU, with the torch that is installed there and under compute-sanitizer."""
     cmake_workflow(session, "cuda")
+    sanitize(session, "cuda", "memcheck", "synccheck", "initcheck")
+    session.run("cmake", "--preset", "racecheck")
+    session.run("cmake", "--build", "--preset", "racecheck")
+    sanitize(session, "racecheck", "racecheck")
     for folder in ("python/tests/gpu", "python/tests/engines"):
         session.run("python3", "-m", "pytest", folder, "-m", "gpu", *session.posargs)
 
