@@ -72,15 +72,16 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff, clang-format and the repository's own rules."""
-    session.install("ruff", "clang-format", "pytest")
+    """ruff, clang-format, mypy and the repository's own rules."""
+    session.install("ruff", "clang-format", "mypy", "numpy", "pytest", "rich", "typer")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     sources = subprocess.run(
         ["git", "ls-files", "*.h", "*.hpp", "*.cc", "*.c", "*.cu", "*.cuh"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()
     session.run("clang-format", "--dry-run", "--Werror", *sources)
-    session.run("pytest", "python/tests/test_repository_rules.py", "-p", "no:cacheprovider")
+    session.run("mypy", "--ignore-missing-imports", "python/src/mlakit")  # torch and other optional ones
+    session.run("pytest", "python/tests/test_repository_rules.py", "--noconftest", "-p", "no:cacheprovider")
 
 
 def sanitize(session: nox.Session, preset: str, *tools: str) -> None:
