@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_dense_kernel(const __grid_
       }
     } else if (ctx.warp == kPlannerWarp % 4 && ctx.lane == 0) {
       run_planner(p, ctx, tile, blockIdx.y);
-    } else if (kCfg.has_prefetcher() && ctx.warp == kPrefetcherWarp % 4) {
+    } else if (ctx.warp == kPrefetcherWarp % 4) {
       if constexpr (kCfg.has_prefetcher()) Prefetcher<kCfg>{p, ctx}.run_all();
     }
   } else {

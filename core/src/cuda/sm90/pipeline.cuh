@@ -73,7 +73,7 @@ __device__ __forceinline__ void wait_empty(uint32_t barriers, const Cursor<kStag
   wait<kId>(barriers, at.stage(), at.phase() ^ 1);
 }
 
-// The same for who only wants to be about in time: gives up after some tries, so that nothing depends on it, nor it on having been in time.
+// wait_full for who only wants to be about in time: gives up after some tries, so that nobody is held up by it, nor it by having come late.
 template <Barrier kId, uint32_t kStages>
 __device__ __forceinline__ void wait_briefly(uint32_t barriers, const Cursor<kStages>& at) {
   const uint32_t address = barrier_address<kId>(barriers, at.stage());

@@ -93,8 +93,8 @@ MLA_HD constexpr int stages_of(const BarrierSpec& spec, const DecodeConfig& conf
 // Where two CTAs share pages both load parts of them into both, so a loader waits until both have let go of a place. A slot of a wide block is read by
 // one of the two output warpgroups.
 MLA_HD constexpr int arrivals_of(const BarrierSpec& spec, const DecodeConfig& config) {
-  const bool is_of_keys = spec.id == Barrier::kSlotEmpty || spec.id == Barrier::kRopeEmpty;
   if (spec.id == Barrier::kWorkEmpty && config.has_prefetcher()) return spec.arrivals + 1;
+  const bool is_of_keys = spec.id == Barrier::kSlotEmpty || spec.id == Barrier::kRopeEmpty;
   const int readers = spec.id == Barrier::kSlotEmpty && config.is_wide() ? spec.arrivals / 2 : spec.arrivals;
   return is_of_keys && config.shares_pages ? 2 * readers : readers;
 }

@@ -107,7 +107,7 @@ struct Scores {
   }
 
   // One block: s holds its scores; visible counts the keys of each row from this block's first on. Leaves P and the rescale factors in shared
-  // memory; hand_over_p tells. place: p_place.
+  // memory; hand_over_p tells. place: fragment_place.
   __device__ __forceinline__ void weigh(ScoreFragment& s, bool is_masked, const int (&visible)[2], uint32_t place) {
     if (is_masked) mask_scores(s, ctx.lane, visible);
     Rescale& of_block = ctx.control->rescale[p_at.stage()];
@@ -164,7 +164,7 @@ struct Scores {
                       visible_keys(work, layout::fragment_row(ctx.thread, 1)) - begin};
     const int32_t first_masked = (max(visible_keys(work, 0), 0) - begin) / kCfg.block_tokens;  // row 0 sees least
     const uint32_t queries = ptx::low_half_now(ptx::k_major_descriptor(ctx.shared + smem_plan<kCfg>().q()));
-    const uint32_t place = ptx::low_half_now(p_place(ctx.warp, ctx.lane));
+    const uint32_t place = ptx::low_half_now(fragment_place(ctx.warp, ctx.lane));
     Keys keys;
     find_keys(keys);
     bool has_p = false;     // a P that was not handed over

@@ -3,7 +3,7 @@
 
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/ptx/matrix.cuh"
-#include "layout/swizzle.h"
+#include "cuda/sm90/tile/fragment_place.cuh"
 
 namespace mla::cuda::sm90 {
 
@@ -12,12 +12,12 @@ namespace mla::cuda::sm90 {
 template <DecodeConfig kCfg, class Slot>
 __device__ __forceinline__ void take_wide_q(const Slot& slot, int warp, int lane,
                                             uint32_t (&r_q)[kCfg.q_register_steps()][4]) {
-  const uint32_t place = layout::swizzled_chunk(warp * 16 + lane % 16, lane / 16);
+  const uint32_t place = fragment_place(warp, lane);
 #pragma unroll
   for (int step = 0; step < kCfg.q_register_steps(); ++step) {
     const int group = step / 4;
     const uint32_t line = slot(group / kCfg.slot_groups()) + group % kCfg.slot_groups() * kCfg.group_bytes() + place;
-    ptx::ldmatrix_x4(r_q[step], line ^ step % 4 * 2 * layout::kChunkBytes);
+    ptx::ldmatrix_x4(r_q[step], fragment_at_step(line, step % 4));
   }
   __syncwarp();
 }
